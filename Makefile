@@ -1,0 +1,66 @@
+# Each target makes .venv if it is missing, installs what it needs there, and passes ARGS= on.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# One stamp per torch version asked for, so that another TORCH= is installed and not ignored.
+TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' -)
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
+
+.DEFAULT_GOAL := help
+.PHONY: help run test bench lint format wheel clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+run: $(STAMP) ## Train on real digits with and without clipping; tables and charts go to ./fastclip-demo
+	@$(BIN)/python -m fastclip demo $(ARGS)
+
+test: $(STAMP) ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## Compare speed and error with torch
+	@$(BIN)/python -m fastclip bench $(ARGS)
+
+lint: $(STAMP) ## Check style: ruff for Python, clang-format for C++
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMP) ## Rewrite the sources in the style that lint checks
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+wheel: $(STAMP) ## Build a wheel into dist/
+	@rm -rf build/lib* build/bdist*
+	@$(PIP) wheel . --no-deps --wheel-dir dist
+	@ls dist/*.whl
+
+clean: ## Remove all that the other targets made
+	rm -rf $(VENV) build dist fastclip/*.so fastclip.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first and is then held by a constraint: no other package may pull a different build of it.
+$(TORCH_STAMP): | $(VENV)/bin/python
+	@echo "Installing $(TORCH)"
+	@$(PIP) install '$(TORCH)'
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
+	@echo "Building fastclip"
+	@$(PIP) install 'setuptools>=77' ninja
+	@$(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,33 @@
+// The inner loops over one contiguous run of elements, one table of them per instruction set (ISA).
+#pragma once
+
+#include <cstdint>
+
+#include "../clip.h"
+
+namespace fastclip::cpu {
+
+struct Loops {
+  const char* isa;
+  // Partial of n elements: sum |x|^2, sum |x|, max |x|, min |x|, or 1 if any is non-zero. kPow is norm_pow below.
+  double (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
+  // x *= coef, with coef rounded to the opmath type of the dtype.
+  void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
+  // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.
+  bool (*clamp[kNumDtypes])(void* x, int64_t n, double lo, double hi);
+};
+
+extern const Loops kLoopsScalar;
+#if defined(__x86_64__)
+extern const Loops kLoopsAvx2;
+extern const Loops kLoopsAvx512;
+#endif
+
+// sum |x|^p for the p that have no loop of their own; the same code on every ISA.
+double norm_pow(Dtype dtype, const void* x, int64_t n, double norm_type);
+
+// The table of the best ISA that this machine has, or of FASTCLIP_CPU_ISA; chosen once.
+// Throws std::runtime_error when that names an ISA which is unknown or missing here.
+const Loops& loops();
+
+}  // namespace fastclip::cpu

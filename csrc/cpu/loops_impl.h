@@ -1,0 +1,206 @@
+// The loops as templates over V, the vector operations of one ISA; included by the loops_<isa>.cpp files alone.
+// Every ISA gives the same bits: element i of a run adds to float64 lane i % 32, squares of float32 and below are
+// exact in float64 (so fusing the multiply-add changes nothing), and squares of float64 are never fused.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "half.h"
+#include "loops.h"
+
+namespace fastclip::cpu {
+namespace {
+
+constexpr int kLanes = 32;
+
+template <class T>
+using opmath_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The operations with one element per register: the portable ISA, and the tails of the others.
+struct Scalar {
+  // Reductions work on float64 registers, whatever the dtype.
+  using Doubles = double;
+  static constexpr int kDoubles = 1;
+  static double zero() { return 0.0; }
+  template <class T>
+  static double load(const T* x) {
+    return to_double(*x);
+  }
+  static void store(double* lanes, double x) { *lanes = x; }
+  static double add_abs(double sum, double x) { return sum + (x < 0 ? -x : x); }
+  template <class T>
+  static double add_square(double sum, double x, const T*) {
+    return sum + x * x;
+  }
+
+  // Elementwise passes work on registers of the opmath type.
+  template <class T>
+  static constexpr int width = 1;
+  static float load_opmath(const float* x) { return *x; }
+  static double load_opmath(const double* x) { return *x; }
+  static float load_opmath(const bfloat16* x) { return to_float(*x); }
+  static float load_opmath(const float16* x) { return to_float(*x); }
+  static void store_opmath(double* out, double x) { *out = x; }
+  template <class T>
+  static void store_opmath(T* out, float x) {
+    from_float(x, out);
+  }
+  template <class A>
+  static A broadcast(A x) {
+    return x;
+  }
+  template <class A>
+  static A mul(A a, A b) {
+    return a * b;
+  }
+  template <class A>
+  static A clamp(A x, A lo, A hi) {
+    x = x < lo ? lo : x;
+    return x > hi ? hi : x;
+  }
+  template <class A>
+  static bool differ(A a, A b) {
+    return a < b || a > b;
+  }
+};
+
+struct AddSquares {
+  template <class V, class T>
+  static typename V::Doubles step(typename V::Doubles sum, typename V::Doubles x, const T* dtype) {
+    return V::add_square(sum, x, dtype);
+  }
+};
+
+struct AddAbs {
+  template <class V, class T>
+  static typename V::Doubles step(typename V::Doubles sum, typename V::Doubles x, const T*) {
+    return V::add_abs(sum, x);
+  }
+};
+
+template <class V, class T, class Step>
+double norm_sum(const void* data, int64_t n) {
+  constexpr int kRegisters = kLanes / V::kDoubles;
+  const T* x = static_cast<const T*>(data);
+  typename V::Doubles sums[kRegisters];
+  for (int r = 0; r < kRegisters; ++r) sums[r] = V::zero();
+  const auto add_block = [&sums](const T* block) {
+    for (int r = 0; r < kRegisters; ++r)
+      sums[r] = Step::template step<V>(sums[r], V::load(block + r * V::kDoubles), block);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_block(x + i);
+  if (i < n) {  // the tail, padded with zeros, which add nothing
+    T tail[kLanes] = {};
+    std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(T));
+    add_block(tail);
+  }
+  double lanes[kLanes];
+  for (int r = 0; r < kRegisters; ++r) V::store(lanes + r * V::kDoubles, sums[r]);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+}
+
+// |x| as an unsigned integer: it orders as |x| does, with NaN above inf, so that a max keeps NaN by construction.
+template <class T>
+using magnitude_t =
+    std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+template <class T>
+magnitude_t<T> magnitude(const T& x) {
+  return bit_cast<magnitude_t<T>>(x) & (std::numeric_limits<magnitude_t<T>>::max() >> 1);
+}
+
+// The compiler vectorises the integer loops for the ISA of the file.
+template <class T>
+double norm_max(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  magnitude_t<T> max = 0;
+  for (int64_t i = 0; i < n; ++i) max = magnitude(x[i]) > max ? magnitude(x[i]) : max;
+  return to_double(bit_cast<T>(max));
+}
+
+template <class T>
+double norm_min(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  magnitude_t<T> min = std::numeric_limits<magnitude_t<T>>::max(), max = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    min = magnitude(x[i]) < min ? magnitude(x[i]) : min;
+    max = magnitude(x[i]) > max ? magnitude(x[i]) : max;
+  }
+  const double largest = to_double(bit_cast<T>(max));
+  if (largest != largest) return largest;
+  return n > 0 ? to_double(bit_cast<T>(min)) : std::numeric_limits<double>::infinity();
+}
+
+template <class T>
+double norm_any(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  magnitude_t<T> any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= magnitude(x[i]);
+  return any != 0 ? 1.0 : 0.0;
+}
+
+template <class V, class T>
+void scale(void* data, int64_t n, double coef) {
+  T* x = static_cast<T*>(data);
+  const auto c = static_cast<opmath_t<T>>(coef);
+  const auto c_wide = V::broadcast(c);
+  int64_t i = 0;
+  for (; i + V::template width<T> <= n; i += V::template width<T>)
+    V::store_opmath(x + i, V::mul(V::load_opmath(x + i), c_wide));
+  for (; i < n; ++i) Scalar::store_opmath(x + i, Scalar::mul(Scalar::load_opmath(x + i), c));
+}
+
+// Stores one register if clamping changes it.
+template <class V, class T, class Register>
+bool clamp_register(T* x, Register lo, Register hi) {
+  const auto before = V::load_opmath(x);
+  const auto after = V::clamp(before, lo, hi);
+  if (!V::differ(before, after)) return false;
+  V::store_opmath(x, after);
+  return true;
+}
+
+template <class V, class T>
+bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
+  T* x = static_cast<T*>(data);
+  const auto lo = static_cast<opmath_t<T>>(lo_wide), hi = static_cast<opmath_t<T>>(hi_wide);
+  const auto lo_register = V::broadcast(lo), hi_register = V::broadcast(hi);
+  bool changed = false;
+  int64_t i = 0;
+  for (; i + V::template width<T> <= n; i += V::template width<T>)
+    changed |= clamp_register<V>(x + i, lo_register, hi_register);
+  for (; i < n; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
+  return changed;
+}
+
+template <class V, class T>
+constexpr void fill(Loops& loops, Dtype dtype) {
+  const int d = static_cast<int>(dtype);
+  loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_sum<V, T, AddSquares>;
+  loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_sum<V, T, AddAbs>;
+  loops.norm_partial[d][static_cast<int>(NormKind::kMax)] = norm_max<T>;
+  loops.norm_partial[d][static_cast<int>(NormKind::kMin)] = norm_min<T>;
+  loops.norm_partial[d][static_cast<int>(NormKind::kCount)] = norm_any<T>;
+  loops.scale[d] = scale<V, T>;
+  loops.clamp[d] = clamp<V, T>;
+}
+
+template <class V>
+constexpr Loops make_loops(const char* isa) {
+  Loops loops{};
+  loops.isa = isa;
+  fill<V, float>(loops, Dtype::kFloat32);
+  fill<V, double>(loops, Dtype::kFloat64);
+  fill<V, bfloat16>(loops, Dtype::kBFloat16);
+  fill<V, float16>(loops, Dtype::kFloat16);
+  return loops;
+}
+
+}  // namespace
+}  // namespace fastclip::cpu

@@ -1,0 +1,269 @@
+#include "passes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "../abi.h"
+#include "half.h"
+#include "loops.h"
+
+namespace fastclip::cpu {
+namespace {
+
+// One partial per chunk: short enough to balance threads, long enough (128 KiB and more) to hide its fixed cost.
+constexpr int64_t kChunkSize = 65536;
+// Elements gathered at a time from a tensor that is not one run of memory: 16 KiB of float64, half of an L1 cache.
+constexpr int64_t kBlockSize = 2048;
+// What a chunk costs beside its elements, in bytes of memory traffic; and the least work worth a thread.
+constexpr int64_t kChunkCost = 256;
+constexpr int64_t kGrain = 256 * 1024;
+
+struct Chunk {
+  const TensorView* tensor;
+  int64_t begin;
+  int64_t count;
+  int64_t cost_before;  // of all chunks before this one
+};
+
+struct ChunkTable {
+  std::vector<Chunk> chunks;
+  int64_t cost = 0;
+
+  explicit ChunkTable(const std::vector<const TensorView*>& tensors) {
+    size_t size = 0;
+    for (const TensorView* tensor : tensors) size += static_cast<size_t>((tensor->numel + kChunkSize - 1) / kChunkSize);
+    chunks.reserve(size);
+    for (const TensorView* tensor : tensors) {
+      for (int64_t begin = 0; begin < tensor->numel; begin += kChunkSize) {
+        const int64_t count = std::min(kChunkSize, tensor->numel - begin);
+        chunks.push_back({tensor, begin, count, cost});
+        cost += kChunkCost + count * element_size(tensor->dtype);
+      }
+    }
+  }
+};
+
+// The tensors with elements for which keep(tensor) holds.
+template <class Keep>
+std::vector<const TensorView*> select(const std::vector<TensorView>& tensors, const Keep& keep) {
+  std::vector<const TensorView*> selected;
+  selected.reserve(tensors.size());
+  for (const TensorView& tensor : tensors)
+    if (tensor.numel > 0 && keep(tensor)) selected.push_back(&tensor);
+  return selected;
+}
+
+std::vector<const TensorView*> select_all(const std::vector<TensorView>& tensors) {
+  return select(tensors, [](const TensorView&) { return true; });
+}
+
+enum class Order { kForward, kBackward };
+
+// Calls body(index of chunk) for every chunk, on torch's threads, each of which gets neighbours of about equal cost.
+template <class Body>
+void for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
+  struct Context {
+    const ChunkTable& table;
+    Order order;
+    const Body& body;
+  } context{table, order, body};
+  const auto run = [](int64_t cost_begin, int64_t cost_end, void* opaque) {
+    const Context& c = *static_cast<const Context*>(opaque);
+    const auto index_at = [&c](int64_t cost) {
+      const auto& chunks = c.table.chunks;
+      const auto before = [](const Chunk& chunk, int64_t cost) { return chunk.cost_before < cost; };
+      return std::lower_bound(chunks.begin(), chunks.end(), cost, before) - chunks.begin();
+    };
+    const auto first = index_at(cost_begin), last = index_at(cost_end);
+    if (c.order == Order::kForward)
+      for (auto i = first; i < last; ++i) c.body(i);
+    else
+      for (auto i = last; i-- > first;) c.body(i);
+  };
+  if (table.cost <= kGrain)
+    run(0, table.cost, &context);
+  else if (torch_parallel_for(0, table.cost, kGrain, run, &context) != 0)
+    throw std::runtime_error("fastclip: torch's torch_parallel_for failed");
+}
+
+template <class T>
+void copy_strided(char* memory, char* block, int64_t count, int64_t stride, bool to_block) {
+  T* strided = reinterpret_cast<T*>(memory);
+  T* packed = reinterpret_cast<T*>(block);
+  if (to_block)
+    for (int64_t i = 0; i < count; ++i) packed[i] = strided[i * stride];
+  else
+    for (int64_t i = 0; i < count; ++i) strided[i * stride] = packed[i];
+}
+
+// Copies elements [begin, begin + count) of a strided tensor, in the order of its memory, to or from a block.
+void copy_elements(const TensorView& tensor, int64_t begin, int64_t count, char* block, bool to_block) {
+  const int64_t size = element_size(tensor.dtype);
+  const auto copy = size == 8 ? copy_strided<uint64_t> : size == 4 ? copy_strided<uint32_t> : copy_strided<uint16_t>;
+  const std::vector<Dim>& dims = *tensor.dims;
+  const Dim inner = dims.back();
+  while (count > 0) {
+    int64_t offset = 0, outer_index = begin / inner.size;
+    const int64_t inner_index = begin % inner.size;
+    for (size_t d = dims.size() - 1; d-- > 0; outer_index /= dims[d].size)
+      offset += outer_index % dims[d].size * dims[d].stride;
+    const int64_t run = std::min(count, inner.size - inner_index);
+    copy(tensor.data + (offset + inner_index * inner.stride) * size, block, run, inner.stride, to_block);
+    begin += run;
+    count -= run;
+    block += run * size;
+  }
+}
+
+// Calls body(pointer, count) on runs of memory that hold the chunk; a body that returns true has written to its run.
+template <class Body>
+void for_each_run(const Chunk& chunk, const Body& body) {
+  const TensorView& tensor = *chunk.tensor;
+  if (tensor.dims == nullptr) {
+    body(tensor.data + chunk.begin * element_size(tensor.dtype), chunk.count);
+    return;
+  }
+  alignas(64) char block[kBlockSize * 8];
+  for (int64_t done = 0; done < chunk.count; done += kBlockSize) {
+    const int64_t count = std::min(kBlockSize, chunk.count - done);
+    copy_elements(tensor, chunk.begin + done, count, block, true);
+    if (body(block, count)) copy_elements(tensor, chunk.begin + done, count, block, false);
+  }
+}
+
+// Whether the spans of memory of two tensors meet, so that they have to be written one after the other.
+bool overlap(const std::vector<const TensorView*>& tensors) {
+  struct Span {
+    const char *begin, *end;
+  };
+  std::vector<Span> spans;
+  spans.reserve(tensors.size());
+  for (const TensorView* tensor : tensors) {
+    int64_t reach = tensor->numel;
+    if (tensor->dims != nullptr) {
+      reach = 1;
+      for (const Dim& dim : *tensor->dims) reach += (dim.size - 1) * dim.stride;
+    }
+    spans.push_back({tensor->data, tensor->data + reach * element_size(tensor->dtype)});
+  }
+  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(spans.begin(), spans.end(), before)) std::sort(spans.begin(), spans.end(), before);
+  for (size_t i = 1; i < spans.size(); ++i)
+    if (spans[i].begin < spans[i - 1].end) return true;
+  return false;
+}
+
+// Calls body(pointer, count, dtype) on the runs of all tensors. torch writes a tensor that is listed twice, or that
+// overlaps another, twice: then the tensors go one after the other. Backwards, because what a norm read last is still
+// in cache.
+template <class Body>
+void write(const std::vector<const TensorView*>& tensors, const Body& body) {
+  const auto run = [&body](const ChunkTable& table) {
+    for_each_chunk(table, Order::kBackward, [&](int64_t i) {
+      const Dtype dtype = table.chunks[i].tensor->dtype;
+      for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, dtype); });
+    });
+  };
+  if (overlap(tensors))
+    for (const TensorView* tensor : tensors) run(ChunkTable({tensor}));
+  else
+    run(ChunkTable(tensors));
+}
+
+// As torch refuses a Python number that its dtype cannot hold.
+double round_to(Dtype dtype, double bound) {
+  static constexpr struct {
+    double max;
+    const char* name;
+  } kDtypes[kNumDtypes] = {{0x1.fffffep127, "float32"},
+                           {std::numeric_limits<double>::max(), "float64"},
+                           {0x1.fep127, "bfloat16"},
+                           {65504.0, "float16"}};
+  const auto& limits = kDtypes[static_cast<int>(dtype)];
+  if (std::isfinite(bound) && std::fabs(bound) > limits.max)
+    throw std::runtime_error("clip_value: value cannot be converted to type " + std::string(limits.name) +
+                             " without overflow: " + std::to_string(bound));
+  bfloat16 b16;
+  float16 f16;
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return bound;
+    case Dtype::kFloat32:
+      return static_cast<float>(bound);
+    case Dtype::kBFloat16:
+      from_float(static_cast<float>(bound), &b16);
+      return to_float(b16);
+    case Dtype::kFloat16:
+      from_float(static_cast<float>(bound), &f16);
+      return to_float(f16);
+  }
+  return bound;
+}
+
+}  // namespace
+
+double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
+  const NormKind kind = norm_kind(norm_type);
+  const ChunkTable table(select_all(tensors));
+  std::vector<double> partials(table.chunks.size());
+  const Loops& isa = loops();
+  for_each_chunk(table, Order::kForward, [&](int64_t i) {
+    const Dtype dtype = table.chunks[i].tensor->dtype;
+    const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
+    double partial = identity(kind);
+    for_each_run(table.chunks[i], [&](const char* data, int64_t count) {
+      const double run =
+          kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type) : partial_of(data, count);
+      partial = kind == NormKind::kCount ? max_nan(partial, run) : combine(kind, partial, run);
+      return false;
+    });
+    partials[i] = partial;
+  });
+  double total = identity(kind);
+  for (size_t i = 0; i < partials.size(); ++i) {
+    // norm_type 0 counts tensors, so the chunks of one tensor count once.
+    if (kind == NormKind::kCount)
+      for (; i + 1 < partials.size() && table.chunks[i + 1].tensor == table.chunks[i].tensor; ++i)
+        partials[i + 1] = max_nan(partials[i], partials[i + 1]);
+    total = combine(kind, total, partials[i]);
+  }
+  return total;
+}
+
+double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
+  if (select_all(tensors).empty()) return 0.0;
+  return root(norm_kind(norm_type), norm_partial(tensors, norm_type), norm_type);
+}
+
+void scale(const std::vector<TensorView>& tensors, double coef) {
+  const auto changes = [coef](const TensorView& tensor) {
+    return tensor.dtype == Dtype::kFloat64 ? coef != 1.0 : static_cast<float>(coef) != 1.0f;
+  };
+  const Loops& isa = loops();
+  write(select(tensors, changes), [&isa, coef](char* data, int64_t count, Dtype dtype) {
+    isa.scale[static_cast<int>(dtype)](data, count, coef);
+    return true;
+  });
+}
+
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
+  double los[kNumDtypes] = {}, his[kNumDtypes] = {};
+  bool present[kNumDtypes] = {};
+  for (const TensorView& tensor : tensors) present[static_cast<int>(tensor.dtype)] = true;
+  for (int d = 0; d < kNumDtypes; ++d) {
+    if (!present[d]) continue;
+    los[d] = round_to(static_cast<Dtype>(d), lo);
+    his[d] = round_to(static_cast<Dtype>(d), hi);
+  }
+  const Loops& isa = loops();
+  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
+  write(select_all(tensors), [&](char* data, int64_t count, Dtype dtype) {
+    const int d = static_cast<int>(dtype);
+    return isa.clamp[d](data, count, los[d], his[d]);
+  });
+}
+
+}  // namespace fastclip::cpu

@@ -1,0 +1,25 @@
+// The passes over a list of tensors in memory that the CPU addresses: chunked, threaded, the same bits for any thread
+// count. Lists are read by the loops of cpu/loops.h.
+#pragma once
+
+#include <vector>
+
+#include "../clip.h"
+#include "../tensor_list.h"
+
+namespace fastclip::cpu {
+
+// sum |x|^p, max |x|, min |x| or the number of tensors with a non-zero: the norm before its root.
+double norm_partial(const std::vector<TensorView>& tensors, double norm_type);
+
+// The norm over all elements of all tensors; 0 where there are none.
+double total_norm(const std::vector<TensorView>& tensors, double norm_type);
+
+// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
+void scale(const std::vector<TensorView>& tensors, double coef);
+
+// x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only registers that change.
+// Throws std::runtime_error, before any write, when a bound overflows a dtype in the list.
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi);
+
+}  // namespace fastclip::cpu

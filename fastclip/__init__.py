@@ -1,0 +1,18 @@
+"""fastclip: torch's gradient clipping in as few passes over memory as the hardware allows, in place of torch.nn.utils."""
+
+from ._dispatch import backends, use_backend
+from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
+from .patch import patch, unpatch
+
+__version__ = "0.1.0"
+__all__ = [
+    "backends",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "patch",
+    "unpatch",
+    "use_backend",
+    "why",
+]

@@ -1,0 +1,106 @@
+"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the library that implements them.
+
+Engines register their kernels for a device key; the compiled CPU library does so when it is loaded here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("fastclip", "DEF")
+for _schema in (
+    "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
+    "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
+    "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor",
+):
+    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+
+norm_partial = torch.ops.fastclip.norm_partial.default
+scale_ = torch.ops.fastclip.scale_.default
+clamp_ = torch.ops.fastclip.clamp_.default
+clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
+
+
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def promoted_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of torch's total norm: the promotion of all gradients, real where they are complex."""
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors})
+    return _REAL.get(dtype, dtype)
+
+
+@torch.library.register_fake("fastclip::norm_partial", lib=_library)
+def _(tensors, norm_type):
+    return tensors[0].new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastclip::scale_", lib=_library)
+def _(tensors, clip_coef):
+    return None
+
+
+@torch.library.register_fake("fastclip::clamp_", lib=_library)
+def _(tensors, min, max):
+    return None
+
+
+@torch.library.register_fake("fastclip::clip_grad_norm_", lib=_library)
+def _(grads, max_norm, norm_type, *, dtype=None):
+    return grads[0].new_empty((), dtype=dtype or promoted_dtype(grads))
+
+
+def write(op: torch._ops.OpOverload, tensors: list[Tensor], *args: object, **kwargs: object) -> Tensor | None:
+    """Calls an op that writes to plain tensors, below autograd: what ``op`` does, without boxing the list twice."""
+    if torch.is_inference_mode_enabled():
+        return op(tensors, *args, **kwargs)
+    # torch bumps the versions of the tensors that its own kernels write; ours are ours to bump.
+    torch.autograd.graph.increment_version(tensors)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return op(tensors, *args, **kwargs)
+
+
+def _bump_versions(op: torch._ops.OpOverload):
+    def kernel(keyset, tensors, *args, **kwargs):
+        torch.autograd.graph.increment_version(tensors)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args, **kwargs)
+
+    return kernel
+
+
+for _op in (norm_partial, scale_, clamp_, clip_grad_norm_):
+    # Nothing is recorded: torch's clip functions run under no_grad.
+    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+for _op in (scale_, clamp_, clip_grad_norm_):
+    _library.impl(_op, _bump_versions(_op), "ADInplaceOrView", with_keyset=True)
+
+
+def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
+    """Loads the compiled CPU kernels: (library, None), or (None, the reason why not)."""
+    path = Path(__file__).with_name("libfastclip_cpu.so")
+    if not path.exists():
+        return None, f"{path.name} was not built (no C++ compiler at install time)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} cannot be loaded: {error}"
+    library.fastclip_cpu_init.restype = library.fastclip_cpu_isa.restype = ctypes.c_char_p
+    if error := library.fastclip_cpu_init():
+        raise ValueError(error.decode())
+    return library, None
+
+
+_cpu_library, cpu_unavailable = _load_cpu_library()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
+    return None if _cpu_library is None else _cpu_library.fastclip_cpu_isa().decode()

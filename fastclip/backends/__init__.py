@@ -1,0 +1,19 @@
+"""The engines. Each is a module with the same names, takes tensors of one device, and never waits for a device.
+
+- ``NAME``, and ``unavailable() -> str | None``: the reason why it cannot run here.
+- ``refuses(tensor) -> str | None``: the reason why it cannot take this tensor.
+- ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
+  tensors; the norm before its root.
+- ``scale_(tensors, clip_coef)``: ``x *= clip_coef`` with a 0-dim wide coefficient on the tensors' device.
+- ``clamp_(tensors, min, max)``.
+- ``clip_grad_norm_(grads, max_norm, norm_type, *, dtype)``, or None: all of it in one call.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import eager, native
+
+# In order of preference; eager takes whatever the others refuse.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, eager)}

@@ -1,0 +1,74 @@
+"""The specification in plain torch ops, and the fallback for every device and dtype that no kernel covers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+NAME = "eager"
+clip_grad_norm_ = None
+_WIDENS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(tensor: Tensor) -> str | None:
+    return None
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The accumulator's dtype: float64, or float32 on a device that has no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+@torch.no_grad()
+def norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
+    norms = torch.stack([_vector_norm(t, norm_type) for t in tensors])
+    if norm_type == 0:
+        return (norms != 0).to(norms.dtype).sum()
+    if math.isinf(norm_type):
+        return norms.amax() if norm_type > 0 else norms.amin()
+    return norms.pow(norm_type).sum()
+
+
+@torch.no_grad()
+def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+    for values in _dense_values(tensors):
+        values.mul_(clip_coef.to(values.real.dtype if values.is_complex() else values.dtype))
+
+
+@torch.no_grad()
+def clamp_(tensors: list[Tensor], min: float, max: float) -> None:
+    for tensor in tensors:
+        if tensor.layout == torch.sparse_coo:
+            # Clamping is not linear: entries that repeat have to be added up first.
+            tensor.copy_(tensor.coalesce())
+    for values in _dense_values(tensors):
+        values.clamp_min_(min).clamp_max_(max)
+
+
+def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    if tensor.dtype not in _WIDENS:
+        return torch.linalg.vector_norm(tensor, norm_type)  # integers, float8: torch's own error
+    if tensor.numel() == 0:
+        # torch has no norm of nothing for p < 0 and inf; an empty tensor contributes nothing.
+        return tensor.new_full((), math.inf if norm_type == -math.inf else 0.0, dtype=wide_dtype(tensor))
+    wide = wide_dtype(tensor)
+    return torch.linalg.vector_norm(tensor, norm_type, dtype=wide.to_complex() if tensor.is_complex() else wide)
+
+
+def _dense_values(tensors: Iterable[Tensor]) -> Iterable[Tensor]:
+    """The tensors themselves; the values of sparse ones, whose version counters are bumped by hand."""
+    for tensor in tensors:
+        if tensor.layout == torch.sparse_coo:
+            torch.autograd.graph.increment_version(tensor)
+            yield tensor._values()
+        else:
+            yield tensor

@@ -1,0 +1,120 @@
+"""python -m fastclip bench: fastclip beside torch in one process, checked against float64 before it is timed."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bars, charts, providers, report
+from .cases import REGIMES, Case, cases
+from .run import run_case
+from .timing import Plan
+
+_FULL = Plan(budget_s=6.0, least=7, most=300)
+_QUICK = Plan(budget_s=0.25, least=3, most=30)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Args:
+        argv: the command line after the program's name; None takes it from `sys.argv`.
+
+    Returns:
+        0, or 1 where a check was red or, with --check-bars, a measured bar is missed.
+
+    Example:
+        >>> main(["--quick", "--case", "lstm"])  # doctest: +SKIP
+        0
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    options = _options(argv)
+    chosen = {name: case for name, case in cases(options.quick).items() if name in (options.case or name)}
+    regimes = [regime for regime in REGIMES if regime.name in (options.regime or regime.name)]
+    everyone = providers.available()
+    preferred = next(provider for provider in everyone if provider.gated)
+    measured = [provider for provider in everyone if provider.name in (options.provider or provider.name)]
+    if options.quick and not options.provider:
+        measured = [everyone[0], preferred]
+    if options.list:
+        for case in chosen.values():
+            print(report.case_title(_entry(case)))
+        print("regimes:", ", ".join(f"{regime.name} ({regime.what})" for regime in regimes))
+        print("providers:", ", ".join(provider.name for provider in everyone))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = _QUICK if options.quick else _FULL
+    if options.rounds:
+        plan = Plan(budget_s=0.0, least=options.rounds, most=options.rounds)
+
+    result: dict[str, Any] = {"schema": 1, "conditions": report.conditions(argv, options.cold), "cases": [], "rows": []}
+    print(report.conditions_line(result["conditions"]))
+    for case in chosen.values():
+        rows = run_case(case, regimes, measured, plan, torch.device("cpu"), options.cold)
+        report.print_table(report.case_title(_entry(case)), report.HEADER, [report.cells(row) for row in rows])
+        result["cases"].append(_entry(case))
+        result["rows"] += rows
+    failed = any(row["ms"] is None for row in result["rows"])
+    if options.check_bars:
+        result["bars"] = bars.check(result["rows"], preferred.name)
+        report.print_table(f"bars for {preferred.name}", bars.HEADER, bars.cells(result["bars"]))
+        failed = failed or any(bar["verdict"] == "miss" for bar in result["bars"])
+    _write(result, options)
+    return int(failed)
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    sizes = {"tensors": len(case.tensors), "elements": case.elements, "bytes": case.bytes}
+    return {"name": case.name, "what": case.what, **sizes}
+
+
+def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
+    saved = options.save and options.save / report.saved_name(result["conditions"])
+    writers = (
+        (options.json, ".json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
+        (None, ".md", lambda path: path.write_text(report.markdown(result))),
+        (options.plot, ".png", lambda path: charts.ratio_chart(result, path)),
+    )
+    for named, suffix, write in writers:
+        for path in filter(None, (named, saved and saved.with_name(saved.name + suffix))):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            print(f"wrote {path}")
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastclip bench",
+        description="Time fastclip beside torch in one process; nothing gets a time before it agrees with float64.",
+    )
+    add = parser.add_argument
+    add("--list", action="store_true", help="list cases, regimes and providers, then stop")
+    add("--case", action="append", choices=list(cases()), metavar="NAME", help="only this case; repeatable")
+    names = [regime.name for regime in REGIMES]
+    add("--regime", action="append", choices=names, metavar="NAME", help="only this regime; repeatable")
+    everyone = [provider.name for provider in providers.available()]
+    add("--provider", action="append", choices=everyone, metavar="NAME", help="only this provider; repeatable")
+    add(
+        "--quick",
+        action="store_true",
+        help="few rounds, a smaller huge tensor, torch foreach and the preferred backend only",
+    )
+    add("--rounds", type=int, metavar="N", help="exactly N rounds instead of a time budget")
+    add("--threads", type=int, metavar="N", help="torch's threads, which fastclip uses, too")
+    add("--cold", action="store_true", help="evict the gradients from the cache before every timed call")
+    add("--check-bars", action="store_true", help="compare with the required ratios; a miss exits with 1")
+    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the ratios to torch foreach")
+    add("--save", type=Path, metavar="DIR", help="write JSON, markdown and chart, named by date, CPU and cores")
+    options = parser.parse_args(argv)
+    for name, least in (("rounds", 2), ("threads", 1)):
+        if (number := getattr(options, name)) is not None and number < least:
+            parser.error(f"--{name} must be at least {least}, got {number}")
+    if (options.plot or options.save) and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'fastclip[bench]'")
+    return options

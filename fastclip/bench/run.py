@@ -1,0 +1,84 @@
+"""One case through all regimes: the gate first, then the times of who passed it, as rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .cases import Case, Regime
+from .gradients import Gradients
+from .providers import BASELINE, Provider
+from .timing import Entry, Plan, measure
+
+READ = "torch.sum"
+
+# More than the last-level cache of nearly every machine: reading it evicts the gradients.
+_COLD_BYTES = 512 << 20
+
+
+def run_case(
+    case: Case, regimes: list[Regime], providers: list[Provider], plan: Plan, device: torch.device, cold: bool
+) -> list[dict[str, Any]]:
+    """One row per regime and provider; `ms` is None where the gate was red, and `check` says what differed.
+
+    `cold` starts every timed call with the gradients out of the cache instead of read once.
+    """
+    gradients = Gradients(case, device)
+    scratch = torch.zeros(_COLD_BYTES // 4, device=device) if cold else None
+    rows = []
+    for regime in regimes:
+        checks = [(provider, *_check(provider, regime, gradients)) for provider in providers]
+        gradients.restore()
+        entries = [
+            Entry(p.name, p.call(regime, gradients), _prepare(regime, gradients, scratch), p.scope)
+            for p, _, red in checks
+            if red is None
+        ]
+        entries.append(Entry(READ, gradients.read_flat, scratch.sum if cold else gradients.read_flat))
+        times = measure(entries, plan, device)
+        rows.append(_row(case, regime, READ, times, None, ""))
+        for p, error, red in checks:
+            rows.append(_row(case, regime, p.name, times, error, red or ("ok" if p.gated else "")))
+    return rows
+
+
+def _check(provider: Provider, regime: Regime, gradients: Gradients) -> tuple[float | None, str | None]:
+    """The norm error of one call, which is also the warm-up, and what is wrong with it; torch is not judged."""
+    gradients.restore()
+    try:
+        with provider.scope():
+            returned = provider.call(regime, gradients)()
+    except Exception as error:  # whatever a provider raises is its red check, the others go on
+        return None, f"raised {type(error).__name__}: {error}"
+    error = None if returned is None else gradients.norm_error(returned)
+    return error, gradients.differences(regime, returned) if provider.gated else None
+
+
+def _prepare(regime: Regime, gradients: Gradients, scratch: torch.Tensor | None) -> Callable[[], object]:
+    """What runs untimed before every timed call, the same for all providers.
+
+    Reading everything after the restore writes back the dirty lines of whoever ran before.
+    """
+    settle = gradients.read if scratch is None else scratch.sum
+
+    def restore_and_settle() -> None:
+        gradients.restore()
+        settle()
+
+    return restore_and_settle if regime.writes else settle
+
+
+def _row(
+    case: Case, regime: Regime, provider: str, times: dict[str, dict], norm_error: float | None, check: str
+) -> dict[str, Any]:
+    row = {"case": case.name, "regime": regime.name, "what": regime.what, "provider": provider}
+    row |= dict.fromkeys(("ms", "p10", "p90", "rounds", "ratio", "gbs", "share"))
+    row |= {"norm_error": norm_error, "check": check}
+    if provider in times:
+        row |= times[provider]
+        passes = 1 if provider == READ else regime.passes
+        row["gbs"] = passes * case.bytes / row["ms"] / 1e6
+        row["share"] = passes * times[READ]["ms"] / row["ms"]
+        if provider != READ and BASELINE in times:
+            row["ratio"] = times[BASELINE]["ms"] / row["ms"]
+    return row

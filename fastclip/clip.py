@@ -1,0 +1,391 @@
+"""What clipping means: torch's four functions, as in torch.nn.utils.clip_grad. Backends only compute."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad as _torch
+from torch.utils._foreach_utils import _device_has_foreach_support
+
+from . import _dispatch, _groups, _ops
+from .backends import eager
+
+# Bound at import, because patch() puts fastclip's functions in their place.
+_torch_get_total_norm = _torch._get_total_norm
+_torch_clip_grads_with_norm_ = _torch._clip_grads_with_norm_
+_torch_clip_grad_value_ = _torch.clip_grad_value_
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Clips the norm of all gradients together, in place, and returns the norm that they had before.
+
+    Every gradient is multiplied by ``min(max_norm / (total_norm + 1e-6), 1)``; where that is 1 nothing is written.
+    The norm is accumulated in float64, and the coefficient is taken from it before it is rounded.
+
+    Args:
+        parameters: a Tensor or an iterable of Tensors, of any shapes, whose ``.grad`` is clipped. Gradients may be
+            float32, float64, bfloat16 and float16 in any mix, complex, or sparse COO.
+        max_norm (float): the bound, in the unit of the gradients. Negative and non-finite values act as in torch.
+        norm_type (float): p of the p-norm; ``inf`` for the largest magnitude.
+        error_if_nonfinite (bool): raise if the total norm is not finite. This waits for the device.
+        foreach (bool, optional): as in torch: True raises on a device without foreach support, else no effect.
+        norm_dtype (torch.dtype, optional): floating dtype of the returned norm. Default: the promotion of the
+            gradients' dtypes, as in torch.
+
+    Returns:
+        Tensor: 0-dim norm before clipping, on the device of the first gradient; ``tensor(0.)`` without gradients.
+
+    Raises:
+        RuntimeError: ``error_if_nonfinite`` and the norm is not finite; or a gradient cannot be written in place.
+        TypeError, ValueError: ``max_norm``, ``norm_type`` or ``norm_dtype`` is not of its kind.
+        Whatever is raised, no gradient has changed.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> fastclip.clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    Follows :func:`torch.nn.utils.clip_grad_norm_`; the method is that of Pascanu et al. (arXiv:1211.5063).
+    """
+    parameters = _as_list(parameters)
+    grads = _gradients(parameters)
+    norm_type = _to_float(norm_type, "norm_type")
+    _check_norm_dtype(norm_dtype)
+    if not grads:
+        _to_float(max_norm, "max_norm")
+        return _norm_of_nothing(norm_dtype)
+    if not error_if_nonfinite:
+        max_norm = _to_float(max_norm, "max_norm")
+        if _may_be_one_call(grads):
+            with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
+                return _ops.write(_ops.clip_grad_norm_, grads, max_norm, norm_type, dtype=norm_dtype)
+    if _groups.subclass_in(grads):
+        total_norm = _torch_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+        _torch_clip_grads_with_norm_(parameters, _to_float(max_norm, "max_norm"), total_norm, foreach)
+        return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
+    parts = _groups.split(grads)
+    _check_foreach(parts, foreach)
+    _groups.check_writable(grads)
+    if len(parts) == 1 and parts[0].backend.clip_grad_norm_ and not error_if_nonfinite:
+        return parts[0].backend.clip_grad_norm_(grads, max_norm, norm_type, dtype=norm_dtype)
+    total_norm = _total_norm(parts, norm_type)
+    if error_if_nonfinite:
+        _raise_if_nonfinite(total_norm, norm_type)
+    _scale_parts(parts, _clip_coef(total_norm, _to_float(max_norm, "max_norm")))
+    return total_norm.to(norm_dtype or _ops.promoted_dtype(grads))
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    norm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Computes the norm of all tensors together, as if they were one vector.
+
+    Args:
+        tensors: a Tensor or an iterable of Tensors, of any shapes (gradients, not parameters), of the dtypes of
+            :func:`clip_grad_norm_`.
+        norm_type (float): p of the p-norm; ``inf`` for the largest magnitude.
+        error_if_nonfinite (bool): raise if the total norm is not finite. This waits for the device.
+        foreach (bool, optional): as in :func:`clip_grad_norm_`.
+        norm_dtype (torch.dtype, optional): floating dtype of the norm. Default: the promotion of the tensors' dtypes.
+
+    Returns:
+        Tensor: 0-dim norm, on the device of the first tensor; ``tensor(0.)`` without tensors.
+
+    Raises:
+        RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
+        TypeError, ValueError: ``norm_type`` or ``norm_dtype`` is not of its kind.
+
+    Example:
+        >>> import torch, fastclip
+        >>> fastclip.get_total_norm([torch.tensor([3.0]), torch.tensor([4.0])])
+        tensor(5.)
+
+    Follows :func:`torch.nn.utils.get_total_norm`.
+    """
+    tensors = _as_list(tensors, warn=False)
+    norm_type = _to_float(norm_type, "norm_type")
+    _check_norm_dtype(norm_dtype)
+    if not tensors:
+        return _norm_of_nothing(norm_dtype)
+    if _groups.subclass_in(tensors):
+        total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
+    total_norm = None
+    if norm_type >= 0 and _may_be_one_call(tensors):
+        with contextlib.suppress(RuntimeError):  # the list needs the closer look below
+            total_norm = _root(_ops.norm_partial(tensors, norm_type), norm_type)
+    if total_norm is None:
+        parts = _groups.split(tensors)
+        _check_foreach(parts, foreach)
+        total_norm = _total_norm(parts, norm_type)
+    if error_if_nonfinite:
+        _raise_if_nonfinite(total_norm, norm_type)
+    return total_norm.to(norm_dtype or _ops.promoted_dtype(tensors))
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Clips the gradients, in place, by a norm that is already known.
+
+    Every gradient is multiplied by ``min(max_norm / (total_norm + 1e-6), 1)``; where that is 1 nothing is written.
+
+    Args:
+        parameters: a Tensor or an iterable of Tensors, of any shapes, whose ``.grad`` is clipped.
+        max_norm (float): the bound, in the unit of the gradients.
+        total_norm (Tensor): 0-dim norm, of any real dtype and on any device.
+        foreach (bool, optional): as in :func:`clip_grad_norm_`.
+
+    Raises:
+        TypeError, ValueError: ``max_norm`` is not a number, ``total_norm`` not a Tensor.
+        RuntimeError: a gradient cannot be written in place.
+        Whatever is raised, no gradient has changed.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> total_norm = fastclip.get_total_norm([weight.grad])
+        >>> fastclip.clip_grads_with_norm_([weight], 1.0, total_norm)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+
+    Follows :func:`torch.nn.utils.clip_grads_with_norm_`.
+    """
+    parameters = _as_list(parameters, warn=False)
+    grads = _gradients(parameters)
+    max_norm = _to_float(max_norm, "max_norm")
+    if not grads:
+        return
+    if not isinstance(total_norm, Tensor):
+        raise TypeError(f"total_norm: expected a Tensor, got {total_norm!r}")
+    if total_norm.dim() != 0 or total_norm.is_complex() or _groups.subclass_in([*grads, total_norm]):
+        _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+        return
+    clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)
+    if _may_be_one_call(grads):
+        with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
+            return _ops.write(_ops.scale_, grads, clip_coef.to(grads[0].device))
+    parts = _groups.split(grads)
+    _check_foreach(parts, foreach)
+    _groups.check_writable(grads)
+    _scale_parts(parts, clip_coef)
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor],
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    """Clips every element of every gradient to ``[-clip_value, clip_value]``, in place; NaN stays NaN.
+
+    One pass over the gradients, which writes only what it changes.
+
+    Args:
+        parameters: a Tensor or an iterable of Tensors, of any shapes, whose ``.grad`` is clipped.
+        clip_value (float): the bound, in the unit of the gradients; a negative one sets every element to it, as in
+            torch.
+        foreach (bool, optional): as in :func:`clip_grad_norm_`.
+
+    Raises:
+        TypeError, ValueError: ``clip_value`` is not a number.
+        RuntimeError: ``clip_value`` overflows the dtype of a gradient, or a gradient cannot be written in place.
+        NotImplementedError: a gradient is complex.
+        Whatever is raised, no gradient has changed.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight = torch.nn.Parameter(torch.zeros(3))
+        >>> weight.grad = torch.tensor([-3.0, 0.5, 4.0])
+        >>> fastclip.clip_grad_value_([weight], clip_value=1.0)
+        >>> weight.grad
+        tensor([-1.0000,  0.5000,  1.0000])
+
+    Follows :func:`torch.nn.utils.clip_grad_value_`.
+    """
+    clip_value = _to_float(clip_value, "clip_value")
+    parameters = _as_list(parameters, warn=False)
+    grads = _gradients(parameters)
+    if not grads:
+        return
+    if _may_be_one_call(grads):
+        with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
+            return _ops.write(_ops.clamp_, grads, -clip_value, clip_value)
+    if _groups.subclass_in(grads):
+        _torch_clip_grad_value_(parameters, clip_value, foreach)
+        return
+    parts = _groups.split(grads)
+    _check_foreach(parts, foreach)
+    _groups.check_writable(grads)
+    _check_clip_value(grads, clip_value)
+    for part in parts:
+        part.backend.clamp_(part.tensors, -clip_value, clip_value)
+
+
+def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
+    """Tells which backend clips which gradients, and why not a faster one.
+
+    Args:
+        parameters: a Tensor or an iterable of Tensors, as for :func:`clip_grad_norm_`.
+
+    Returns:
+        list: one Group for each backend and device, with its ``reason``; printed, each is a readable line.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+        >>> weight.grad = torch.zeros(2, dtype=torch.complex64)
+        >>> fastclip.why([weight])[0].backend
+        'eager'
+    """
+    grads = _gradients(_as_list(parameters, warn=False))
+    if not grads:
+        return []
+    if subclass := _groups.subclass_in(grads):
+        reason = f"{subclass} is a tensor subclass: torch's own functions take the whole list"
+        return [_groups.describe(eager, grads, reason)]
+    return [_groups.describe(*part) for part in _groups.split(grads)]
+
+
+def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    is_generator = isinstance(parameters, types.GeneratorType)
+    parameters = list(parameters)
+    if warn and is_generator and not parameters:
+        # Level 3 is the line that called the public function.
+        warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
+    return parameters
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    grads = [grad for grad in [p.grad for p in parameters] if grad is not None]
+    if not grads and parameters and all(type(p) is Tensor and not p.requires_grad for p in parameters):
+        warnings.warn(
+            f"`parameters`: none of the {len(parameters)} tensors has a gradient or requires one, so nothing is "
+            "clipped. Were gradients passed in the place of parameters?",
+            stacklevel=3,
+        )
+    return grads
+
+
+def _to_float(value: object, argument: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise type(error)(f"{argument}: expected a number, got {value!r}") from error
+
+
+def _check_norm_dtype(norm_dtype: object) -> None:
+    if norm_dtype is None:
+        return
+    if not isinstance(norm_dtype, torch.dtype):
+        raise TypeError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype!r}")
+    if not norm_dtype.is_floating_point:
+        raise ValueError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype}")
+
+
+def _check_foreach(parts: Sequence[_groups.Part], foreach: bool | None) -> None:
+    for part in parts:
+        device = part.tensors[0].device
+        if foreach and not _device_has_foreach_support(device):
+            raise RuntimeError(
+                f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
+            )
+
+
+def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
+    for grad in grads:
+        if grad.is_complex():
+            raise NotImplementedError(f"clip_value: clamp is not supported for complex gradients, got {grad.dtype}")
+        if grad.is_floating_point() and torch.finfo(grad.dtype).max < abs(clip_value) < math.inf:
+            raise RuntimeError(
+                f"clip_value: value cannot be converted to type {grad.dtype} without overflow: {clip_value}"
+            )
+
+
+def _may_be_one_call(grads: Sequence[Tensor]) -> bool:
+    """Whether a single op may take the list; the op itself looks at dtypes, layouts and devices, before any write."""
+    return not torch.compiler.is_compiling() and _dispatch.native_first() and _groups.all_plain(grads)
+
+
+def _norm_of_nothing(norm_dtype: torch.dtype | None) -> Tensor:
+    return torch.tensor(0.0, dtype=norm_dtype)
+
+
+def _total_norm(parts: Sequence[_groups.Part], norm_type: float) -> Tensor:
+    """The wide norm: the partials of all parts, combined and rooted on the device of the first tensor."""
+    first = parts[0].tensors[0]
+    if norm_type < 0:
+        # No tensor to speak of is no term of the sum or the minimum.
+        parts = [part._replace(tensors=[t for t in part.tensors if t.numel() > 0]) for part in parts]
+        parts = [part for part in parts if part.tensors]
+    if not parts:
+        return first.new_zeros((), dtype=eager.wide_dtype(first))
+    partials = [
+        part.backend.norm_partial(part.tensors, norm_type).to(first.device, eager.wide_dtype(first)) for part in parts
+    ]
+    return _root(_combine(partials, norm_type), norm_type)
+
+
+def _combine(partials: Sequence[Tensor], norm_type: float) -> Tensor:
+    if len(partials) == 1:
+        return partials[0]
+    stacked = torch.stack(tuple(partials))
+    if math.isinf(norm_type):
+        return stacked.amax() if norm_type > 0 else stacked.amin()
+    return stacked.sum()
+
+
+def _root(partial: Tensor, norm_type: float) -> Tensor:
+    if norm_type in (0, 1) or math.isinf(norm_type):
+        return partial
+    if norm_type == 2:
+        return partial.sqrt()
+    return torch.full_like(partial, math.nan) if math.isnan(norm_type) else partial.pow(1 / norm_type)
+
+
+def _raise_if_nonfinite(total_norm: Tensor, norm_type: float) -> None:
+    if not torch.isfinite(total_norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from "
+            "`parameters` is non-finite, so it cannot be clipped. To disable "
+            "this error and scale the gradients by the non-finite norm anyway, "
+            "set `error_if_nonfinite=False`"
+        )
+
+
+def _clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
+    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product."""
+    return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+
+
+def _scale_parts(parts: Sequence[_groups.Part], clip_coef: Tensor) -> None:
+    for part in parts:
+        part.backend.scale_(part.tensors, clip_coef.to(part.tensors[0].device))
