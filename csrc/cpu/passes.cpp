@@ -19,7 +19,7 @@ constexpr int64_t kChunkSize = 65536;
 constexpr int64_t kBlockSize = 2048;
 // What a chunk costs beside its elements, in bytes of memory traffic; and the least work worth a thread.
 constexpr int64_t kChunkCost = 256;
-constexpr int64_t kGrain = 256 * 1024;
+constexpr int64_t kGrain = 1024 * 1024;
 
 struct Chunk {
   const TensorView* tensor;

@@ -37,11 +37,15 @@ class Regime:
     passes: int
     writes: bool = False
 
+    @property
+    def returns_norm(self) -> bool:
+        return self.function != "clip_grad_value_"
+
     def arguments(self, total_norm: float) -> tuple[float, ...]:
         """The arguments after the tensors; a norm bound is relative to the true norm, a value bound absolute."""
         if self.bound is None:
             return ()
-        return (self.bound * total_norm if self.function == "clip_grad_norm_" else self.bound,)
+        return (self.bound * total_norm if self.returns_norm else self.bound,)
 
 
 # The gradients are standard normal: nothing exceeds 100, and 32 % exceed 1, so that every cache line has to be written.

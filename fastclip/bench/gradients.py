@@ -52,7 +52,7 @@ class Gradients:
 
     def differences(self, regime: Regime, returned: torch.Tensor | None) -> str | None:
         """What is wrong after one call of `regime` over restored gradients; None where all is right."""
-        if regime.function != "clip_grad_value_":
+        if regime.returns_norm:
             if returned is None:
                 return "no norm was returned"
             if not self.norm_error(returned) <= _tolerance(returned.dtype):

@@ -50,7 +50,7 @@ def _check(provider: Provider, regime: Regime, gradients: Gradients) -> tuple[fl
             returned = provider.call(regime, gradients)()
     except Exception as error:  # whatever a provider raises is its red check, the others go on
         return None, f"raised {type(error).__name__}: {error}"
-    error = None if returned is None else gradients.norm_error(returned)
+    error = gradients.norm_error(returned) if regime.returns_norm and returned is not None else None
     return error, gradients.differences(regime, returned) if provider.gated else None
 
 

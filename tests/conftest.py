@@ -1,0 +1,105 @@
+"""Backends, environment and hygiene: what a test changes, it gives back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# The library reads these once at import; a test that needs one starts a process of its own.
+os.environ.pop("FASTCLIP_BACKEND", None)
+# Tests import their neighbours by name, from wherever pytest was started.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import fastclip
+import pytest
+import torch
+
+BACKENDS = [name for name, reason in fastclip.backends().items() if reason is None]
+TORCH_FUNCTIONS = {
+    (module, name): getattr(module, name)
+    for module, names in (
+        (torch.nn.utils, ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")),
+        (
+            torch.nn.utils.clip_grad,
+            ("clip_grad_norm_", "clip_grad_value_", "_get_total_norm", "_clip_grads_with_norm_"),
+        ),
+    )
+    for name in names
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs gigabytes of memory; runs only with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Force each available backend in turn."""
+    with fastclip.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def native():
+    """Force the native backend; without it the test fails, unless a pure-Python install is what is being tested."""
+    if "native" not in BACKENDS:
+        assert os.environ.get("FASTCLIP_TEST_PURE") == "1", fastclip.backends()["native"]
+        pytest.skip("pure-Python install")
+    with fastclip.use_backend("native"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def hygiene():
+    """Same seed before each test; after it the process is as it was."""
+    torch.manual_seed(0)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    changed = [name for (module, name), was in TORCH_FUNCTIONS.items() if getattr(module, name) is not was]
+    fastclip.unpatch()
+    assert torch.get_num_threads() == threads
+    assert torch.get_default_dtype() == dtype
+    assert not changed, f"still patched: {changed}"
+
+
+class Fence:
+    """The bytes of every storage below some tensors, as they were."""
+
+    def __init__(self, tensors):
+        self.views = [t for t in tensors if t.layout == torch.strided and not t.is_meta]
+        self.before = [self._bytes(t).clone() for t in self.views]
+
+    @staticmethod
+    def _bytes(tensor):
+        return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+    def unchanged(self) -> bool:
+        """True if no byte differs, inside the tensors or beside them."""
+        return all(torch.equal(was, self._bytes(t)) for was, t in zip(self.before, self.views, strict=True))
+
+    def outside_unchanged(self) -> bool:
+        """True if no byte differs that belongs to none of the tensors."""
+        inside = {}
+        for t in self.views:
+            elements = torch.arange(t.untyped_storage().nbytes() // t.element_size())
+            mask = inside.setdefault(t.untyped_storage().data_ptr(), torch.zeros_like(elements, dtype=torch.bool))
+            mask[elements.as_strided(t.shape, t.stride(), t.storage_offset()).reshape(-1)] = True
+        for was, t in zip(self.before, self.views, strict=True):
+            outside = ~inside[t.untyped_storage().data_ptr()].repeat_interleave(t.element_size())
+            if not torch.equal(was[outside], self._bytes(t)[outside]):
+                return False
+        return True
+
+
+@pytest.fixture
+def fence():
+    """Return a function that takes a snapshot of all storages below some tensors."""
+    return Fence

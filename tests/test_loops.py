@@ -1,0 +1,157 @@
+"""ISA x length x misalignment: every set of loops against the oracle, and all of them against one another, bit by bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from pathlib import Path
+
+import pytest
+import reference
+import subproc
+import torch
+
+CHUNK = 65_536
+# Every length up to four of the widest vectors of the narrowest dtype, then around unrolled blocks of 32 lanes.
+LENGTHS = (*range(0, 70), 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1025)
+# Offsets in elements: each residue of a 16-byte vector of 2-byte elements, and one past it.
+OFFSETS = (*range(0, 9),)
+LARGE = ((CHUNK - 1, 0), (CHUNK, 3), (CHUNK + 1, 1), (2 * CHUNK + 31, 7))
+COEFS = (0.37, -1.7, 1e-6, 3e4, 0.0, -0.0, math.nan, math.inf)
+BOUNDS = (0.5, 1e-3, 100.0, 0.0, -0.25, math.nan, math.inf)
+
+
+def isas() -> dict[str, bool]:
+    """Return each set of loops and whether this machine can run it."""
+    flags: set[str] = set()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        flags = set(next((line for line in lines if line.startswith("flags")), "").split())
+    avx2 = {"avx2", "fma", "f16c"} <= flags
+    return {"scalar": True, "avx2": avx2, "avx512": avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags}
+
+
+def patterns(dtype: torch.dtype) -> torch.Tensor:
+    """Return all 65,536 bit patterns of a 16-bit dtype, or as many of a wide one with special numbers among them."""
+    if dtype in reference.LOW:
+        return torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).clone()
+    bits = torch.int32 if dtype == torch.float32 else torch.int64
+    info, generator = torch.iinfo(bits), torch.Generator().manual_seed(9)
+    return torch.randint(info.min, info.max, (CHUNK,), dtype=bits, generator=generator).view(dtype)
+
+
+def tensors(dtype: torch.dtype, values: str):
+    """Yield the grid: views at every offset of every length, in a base of NaN."""
+    generator = torch.Generator().manual_seed(77)
+    special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, 6e-8, 3e38]).to(dtype)
+    for length, offset in [(n, k) for n in LENGTHS for k in OFFSETS] + list(LARGE):
+        numbers = torch.randn(length, dtype=torch.float64, generator=generator).to(dtype)
+        if values == "special" and length:
+            at = torch.randint(length, (1 + length // 9,), generator=generator)
+            numbers[at] = special[torch.randint(len(special), at.shape, generator=generator)]
+        base = torch.full((length + offset + 40,), math.nan, dtype=dtype)
+        view = base[offset : offset + length]
+        yield base, view.copy_(numbers)
+
+
+def run_grid(threads: int) -> dict:
+    """In the child: norms, and the whole bases after scaling and clamping, of the grid and of all bit patterns."""
+    import fastclip
+
+    torch.set_num_threads(threads)
+    out: dict = {"isa": fastclip._ops.cpu_isa()}
+    ops = torch.ops.fastclip
+    with fastclip.use_backend("native"):
+        for dtype in reference.FLOATS:
+            for values in ("plain", "special"):
+                grid = list(tensors(dtype, values))
+                out["norm", dtype, values] = [
+                    [fastclip.get_total_norm([view], p, norm_dtype=torch.float64).item() for _, view in grid]
+                    for p in reference.NORM_TYPES
+                ]
+                ops.scale_([view for _, view in grid], torch.tensor(0.37, dtype=torch.float64))
+                out["scale", dtype, values] = torch.cat([base for base, _ in grid])
+                ops.clamp_([view for _, view in grid], -0.2, 0.2)
+                out["clamp", dtype, values] = torch.cat([base for base, _ in grid])
+            for coef in COEFS:
+                ops.scale_([every := patterns(dtype)], torch.tensor(coef, dtype=torch.float64))
+                out["scale", dtype, coef] = every
+            for bound in BOUNDS:
+                ops.clamp_([every := patterns(dtype)], -bound, bound)
+                out["clamp", dtype, bound] = every
+    return out
+
+
+@functools.cache
+def results(isa: str, threads: int) -> dict:
+    child = subproc.call("test_loops:run_grid", threads, env={"FASTCLIP_CPU_ISA": isa})
+    assert not child.error, child.error + child.stderr
+    return child.value
+
+
+RUNS = [(isa, threads) for isa, there in isas().items() if there for threads in ((1, 2) if isa != "scalar" else (2,))]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("isa", "threads"), RUNS)
+class TestIsa:
+    def test_is_what_was_asked_for(self, isa, threads):
+        assert results(isa, threads)["isa"] == isa
+
+    @pytest.mark.parametrize("values", ["plain", "special"])
+    @pytest.mark.parametrize("dtype", reference.FLOATS)
+    def test_norms(self, isa, threads, dtype, values):
+        norms = torch.tensor(results(isa, threads)["norm", dtype, values], dtype=torch.float64)
+        for p, row in zip(reference.NORM_TYPES, norms, strict=True):
+            expected = torch.tensor([reference.total_norm([view], p) for _, view in tensors(dtype, values)])
+            # 1/p multiplies the error of the sum; cubes of float64 specials are still far from overflow.
+            torch.testing.assert_close(row, expected.double(), rtol=2 * reference.WIDE, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("values", ["plain", "special"])
+    @pytest.mark.parametrize("dtype", reference.FLOATS)
+    def test_scale_and_clamp(self, isa, threads, dtype, values):
+        """Bit by bit, the NaN around every view included."""
+        grid = list(tensors(dtype, values))
+        reference.scale_rounded_([view for _, view in grid], 0.37)
+        reference.assert_bits([results(isa, threads)["scale", dtype, values]], [torch.cat([b for b, _ in grid])])
+        for _, view in grid:
+            view.clamp_(-0.2, 0.2)
+        reference.assert_bits([results(isa, threads)["clamp", dtype, values]], [torch.cat([b for b, _ in grid])])
+
+    @pytest.mark.parametrize("dtype", reference.FLOATS)
+    def test_all_bit_patterns(self, isa, threads, dtype):
+        """Every number of a 16-bit dtype through every conversion: rounding to even, subnormals, infinities, NaN."""
+        for coef in COEFS:
+            reference.scale_rounded_([expected := patterns(dtype)], coef)
+            reference.assert_bits([results(isa, threads)["scale", dtype, coef]], [expected])
+        for bound in BOUNDS:
+            expected = patterns(dtype).clamp_(min=-bound).clamp_(max=bound)
+            reference.assert_bits([results(isa, threads)["clamp", dtype, bound]], [expected])
+
+
+@pytest.mark.usefixtures("native")
+def test_same_bits_everywhere():
+    """One answer for every ISA and every number of threads."""
+    first, *others = (results(*run) for run in RUNS)
+    for other, run in zip(others, RUNS[1:], strict=True):
+        for key in first.keys() - {"isa"}:
+            if key[0] == "norm":
+                one, two = (torch.tensor(r[key], dtype=torch.float64) for r in (first, other))
+                assert torch.equal(one.nan_to_num(-1, -2, -3), two.nan_to_num(-1, -2, -3)), (key, run)
+            else:
+                reference.assert_bits([other[key]], [first[key]])
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("isa", [isa for isa, there in isas().items() if not there] + ["sse9", ""])
+def test_isa_that_is_not_there(isa):
+    """An ISA that the machine lacks, or nobody knows, is an error that names the variable and the value."""
+    child = subproc.call("test_loops:run_grid", 1, env={"FASTCLIP_CPU_ISA": isa})
+    if isa == "":
+        assert not child.error, child.error  # an empty variable is no choice
+        return
+    assert "ValueError" in child.error, child
+    assert "FASTCLIP_CPU_ISA" in child.error
+    assert isa in child.error

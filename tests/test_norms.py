@@ -1,0 +1,164 @@
+"""Every backend x case x dtype x norm_type against the float64 oracle."""
+
+from __future__ import annotations
+
+import math
+
+import fastclip
+import pytest
+import reference
+import torch
+from cases import CHUNK, grid, place, random
+
+LIST_DTYPE = {  # what torch returns for each set of dtypes; test_parity asks torch itself
+    frozenset({torch.bfloat16, torch.float16}): torch.float32,
+    frozenset({torch.complex64}): torch.float32,
+    frozenset({torch.complex128}): torch.float64,
+}
+
+
+def promoted(tensors) -> torch.dtype:
+    """Return the dtype of the norm: promotion over real parts."""
+    dtypes = frozenset(t.dtype for t in tensors)
+    if len(dtypes) == 1 and not next(iter(dtypes)).is_complex:
+        return next(iter(dtypes))
+    return LIST_DTYPE.get(dtypes) or (torch.float64 if torch.float64 in dtypes else torch.float32)
+
+
+def forced(backend: str, case) -> bool:
+    """False if this backend has to refuse the case, which test_errors checks."""
+    return case.kernel or backend == "eager"
+
+
+@pytest.mark.parametrize("norm_type", reference.NORM_TYPES)
+@pytest.mark.parametrize(("case", "dtype"), grid())
+def test_norm(backend, case, dtype, norm_type):
+    if not forced(backend, case):
+        return
+    tensors = case.make(dtype)
+    expected = reference.total_norm(tensors, norm_type)
+    reference.assert_norm(fastclip.get_total_norm(tensors, norm_type), expected, promoted(tensors))
+
+
+@pytest.mark.parametrize("norm_type", reference.NORM_TYPES)
+@pytest.mark.parametrize(("case", "dtype"), grid())
+def test_wide_norm(backend, case, dtype, norm_type):
+    """`norm_dtype` shows the norm before it is rounded: within float64's own error for every gradient dtype."""
+    if not forced(backend, case):
+        return
+    tensors = case.make(dtype)
+    expected = reference.total_norm(tensors, norm_type)
+    actual = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
+    reference.assert_norm(actual, expected, torch.float64)
+
+
+def test_reading_changes_nothing(backend, fence):
+    for parameter in grid():
+        case, dtype = parameter.values
+        if forced(backend, case):
+            tensors = case.make(dtype)
+            before, versions = fence(tensors), [t._version for t in tensors]
+            fastclip.get_total_norm(tensors)
+            assert before.unchanged(), case.name
+            assert [t._version for t in tensors] == versions, case.name
+
+
+@pytest.mark.parametrize("norm_type", [2.5, 4, 1.5, 7, 0.1, -0.5, -3.0, 1e-3, 40])
+def test_other_orders(backend, norm_type):
+    """Any p: the general path, on values near 1 so that float64 powers neither overflow nor vanish."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.rand(300, dtype=torch.float64, generator=generator) + 0.5
+    for dtype in reference.FLOATS:
+        tensors = [place(values.to(dtype), 3), place(values[:7].to(dtype))]
+        actual = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64).item()
+        expected = reference.total_norm(tensors, norm_type)
+        # 1/p multiplies the relative error of the sum.
+        assert actual == pytest.approx(expected, rel=reference.WIDE * max(1, 1 / abs(norm_type)), abs=0)
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_order_nan(backend, dtype):
+    tensors = [place(torch.tensor([3.0, 4.0], dtype=dtype))]
+    assert fastclip.get_total_norm(tensors, math.nan).isnan()
+
+
+def test_order_zero_counts_tensors(backend):
+    """torch reduces the counts again with order 0, so a tensor counts once however many of its elements do."""
+    one, zero = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, -0.0])
+    not_a_number = torch.tensor([math.nan, 0.0])
+    for tensors, expected in (
+        ([one], 1),
+        ([one, one], 2),
+        ([one, zero], 1),
+        ([zero, zero], 0),
+        ([one, not_a_number, torch.empty(0), torch.tensor(-1e-45)], 3),
+        ([torch.ones(2 * CHUNK + 1), zero, torch.ones(3, dtype=torch.bfloat16)], 2),
+    ):
+        assert fastclip.get_total_norm(tensors, 0).item() == expected
+        assert torch.nn.utils.get_total_norm(tensors, 0).item() == expected
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, -math.inf, 0.0, 3.0])
+def test_every_position_counts(backend, dtype, norm_type):
+    """One element of another size at each end of each region: a dropped tail or head shows as a wrong norm."""
+    for size in (1, 31, 32, 33, 127, 129, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 33):
+        for position in {0, size // 2, size - 2, size - 1, min(CHUNK, size) - 1, min(CHUNK, size - 1)}:
+            if not 0 <= position < size:
+                continue
+            background = 4.0 if norm_type == -math.inf else 0.0
+            tensor = place(torch.full((size,), background, dtype=dtype), offset=size % 3)
+            tensor[position] = -3.0
+            expected = reference.total_norm([tensor], norm_type)
+            assert fastclip.get_total_norm([tensor], norm_type).item() == expected, (size, position)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_one_nan_anywhere_is_seen(backend, dtype, norm_type):
+    """max and min must not lose a NaN to a comparison, whichever lane, chunk or tensor it is in."""
+    for size in (1, 2, 33, 70, CHUNK + 1):
+        for position in {0, 1, size // 2, size - 2, size - 1} & set(range(size)):
+            tensor = place(torch.ones(size, dtype=dtype))
+            tensor[position] = math.nan
+            for tensors in ([tensor], [torch.ones(3), tensor], [tensor, torch.full((40,), math.inf), torch.ones(3)]):
+                assert fastclip.get_total_norm(tensors, norm_type).isnan(), (size, position, len(tensors))
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_error_is_at_most_torchs(backend, dtype):
+    """Against the oracle, at most torch's own error and one rounding more."""
+    generator = torch.Generator().manual_seed(11)
+    row = reference.tolerance(dtype)
+    for _ in range(30):
+        tensors = [random(generator, dtype, n) for n in (5, 300, 4000)]
+        for norm_type in (1.0, 2.0, 3.0, math.inf):
+            expected = reference.total_norm(tensors, norm_type)
+            torchs = abs(torch.nn.utils.get_total_norm(tensors, norm_type).item() - expected)
+            ours = abs(fastclip.get_total_norm(tensors, norm_type).item() - expected)
+            assert ours <= min(torchs + row.norm * expected, row.norm * expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_give_the_same_bits(native, threads):
+    generator = torch.Generator().manual_seed(2)
+    before = torch.get_num_threads()
+    for dtype in reference.FLOATS:
+        tensors = [random(generator, dtype, n) for n in (7, 5 * CHUNK + 13, 600, CHUNK, 3 * CHUNK - 1)]
+        tensors.append(random(generator, dtype, 700, 301).t()[1:])
+        for norm_type in reference.NORM_TYPES:
+            try:
+                torch.set_num_threads(1)
+                one = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
+                torch.set_num_threads(threads)
+                many = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
+            finally:
+                torch.set_num_threads(before)
+            assert one.item() == many.item() or (one.isnan() and many.isnan())
+
+
+def test_repeatable(backend):
+    generator = torch.Generator().manual_seed(3)
+    tensors = [random(generator, torch.float32, 3 * CHUNK + 5), random(generator, torch.bfloat16, CHUNK + 1)]
+    first = fastclip.get_total_norm(tensors, norm_dtype=torch.float64).item()
+    assert all(fastclip.get_total_norm(tensors, norm_dtype=torch.float64).item() == first for _ in range(5))
