@@ -98,9 +98,9 @@ def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-_cpu_library, cpu_unavailable = _load_cpu_library()
+cpu_library, cpu_unavailable = _load_cpu_library()
 
 
 def cpu_isa() -> str | None:
     """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
-    return None if _cpu_library is None else _cpu_library.fastclip_cpu_isa().decode()
+    return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad as _torch
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from . import _dispatch, _groups, _ops
+from . import _dispatch, _groups, _ops, _plan
 from .backends import eager
 
 # Bound at import, because patch() puts fastclip's functions in their place.
@@ -66,12 +66,21 @@ def clip_grad_norm_(
     Follows :func:`torch.nn.utils.clip_grad_norm_`; the method is that of Pascanu et al. (arXiv:1211.5063).
     """
     parameters = _as_list(parameters)
-    grads = _gradients(parameters)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         _to_float(max_norm, "max_norm")
         return _norm_of_nothing(norm_dtype)
+    if plan:
+        total_norm = plan.total_norm(norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(total_norm, norm_type)
+        clip_coef = _clip_coef(total_norm, _to_float(max_norm, "max_norm"))
+        if plan.prepare_write():
+            plan.scale_(clip_coef)
+            return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if not error_if_nonfinite:
         max_norm = _to_float(max_norm, "max_norm")
         if _may_be_one_call(grads):
@@ -130,17 +139,17 @@ def get_total_norm(
     _check_norm_dtype(norm_dtype)
     if not tensors:
         return _norm_of_nothing(norm_dtype)
+    if plan := _plan.of_tensors(tensors):
+        total_norm = plan.total_norm(norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(total_norm, norm_type)
+        return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if _groups.subclass_in(tensors):
         total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
-    total_norm = None
-    if norm_type >= 0 and _may_be_one_call(tensors):
-        with contextlib.suppress(RuntimeError):  # the list needs the closer look below
-            total_norm = _root(_ops.norm_partial(tensors, norm_type), norm_type)
-    if total_norm is None:
-        parts = _groups.split(tensors)
-        _check_foreach(parts, foreach)
-        total_norm = _total_norm(parts, norm_type)
+    parts = _groups.split(tensors)
+    _check_foreach(parts, foreach)
+    total_norm = _total_norm(parts, norm_type)
     if error_if_nonfinite:
         _raise_if_nonfinite(total_norm, norm_type)
     return total_norm.to(norm_dtype or _ops.promoted_dtype(tensors))
@@ -179,14 +188,18 @@ def clip_grads_with_norm_(
     Follows :func:`torch.nn.utils.clip_grads_with_norm_`.
     """
     parameters = _as_list(parameters, warn=False)
-    grads = _gradients(parameters)
     max_norm = _to_float(max_norm, "max_norm")
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         return
     if not isinstance(total_norm, Tensor):
         raise TypeError(f"total_norm: expected a Tensor, got {total_norm!r}")
     if total_norm.dim() != 0 or total_norm.is_complex() or _groups.subclass_in([*grads, total_norm]):
         _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+        return
+    if plan and total_norm.device.type == "cpu" and plan.prepare_write():
+        plan.scale_(_clip_coef(float(total_norm.detach()), max_norm))
         return
     clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)
     if _may_be_one_call(grads):
@@ -231,8 +244,11 @@ def clip_grad_value_(
     """
     clip_value = _to_float(clip_value, "clip_value")
     parameters = _as_list(parameters, warn=False)
-    grads = _gradients(parameters)
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
+        return
+    if plan and plan.prepare_write() and plan.clamp_(clip_value):
         return
     if _may_be_one_call(grads):
         with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
@@ -371,8 +387,12 @@ def _root(partial: Tensor, norm_type: float) -> Tensor:
     return torch.full_like(partial, math.nan) if math.isnan(norm_type) else partial.pow(1 / norm_type)
 
 
-def _raise_if_nonfinite(total_norm: Tensor, norm_type: float) -> None:
-    if not torch.isfinite(total_norm):
+def _to_tensor(total_norm: float, dtype: torch.dtype) -> Tensor:
+    return torch.scalar_tensor(total_norm, dtype=torch.float64, device="cpu").to(dtype)
+
+
+def _raise_if_nonfinite(total_norm: Tensor | float, norm_type: float) -> None:
+    if not (torch.isfinite(total_norm) if isinstance(total_norm, Tensor) else math.isfinite(total_norm)):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from "
             "`parameters` is non-finite, so it cannot be clipped. To disable "
@@ -381,9 +401,10 @@ def _raise_if_nonfinite(total_norm: Tensor, norm_type: float) -> None:
         )
 
 
-def _clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product."""
-    return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+def _clip_coef(total_norm: Tensor | float, max_norm: float) -> Tensor | float:
+    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
+    clip_coef = 1.0 / (total_norm + 1e-6) * max_norm
+    return clip_coef.clamp(max=1.0) if isinstance(clip_coef, Tensor) else min(clip_coef, 1.0)
 
 
 def _scale_parts(parts: Sequence[_groups.Part], clip_coef: Tensor) -> None:

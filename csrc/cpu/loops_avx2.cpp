@@ -20,6 +20,7 @@ struct Avx2 {
     return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
   }
   static void store(double* lanes, __m256d x) { _mm256_storeu_pd(lanes, x); }
+  static __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
   static __m256d add_abs(__m256d sum, __m256d x) {
     return _mm256_add_pd(sum, _mm256_andnot_pd(_mm256_set1_pd(-0.0), x));
   }

@@ -25,6 +25,7 @@ struct Avx512 {
     return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
   }
   static void store(double* lanes, __m512d x) { _mm512_storeu_pd(lanes, x); }
+  static __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
   static __m512d add_abs(__m512d sum, __m512d x) { return _mm512_add_pd(sum, _mm512_abs_pd(x)); }
   static __m512d add_square(__m512d sum, __m512d x, const double*) { return _mm512_add_pd(sum, _mm512_mul_pd(x, x)); }
   template <class T>
