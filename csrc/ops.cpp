@@ -44,7 +44,10 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
 void clamp_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
   check_writable(tensors.views());
-  cpu::clamp(tensors.views(), to_double(stack[1]), to_double(stack[2]));
+  const double min = to_double(stack[1]), max = to_double(stack[2]);
+  cpu::check_bound(tensors.views(), min);
+  cpu::check_bound(tensors.views(), max);
+  cpu::clamp(tensors.views(), min, max);
 }
 
 // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor

@@ -151,16 +151,19 @@ FASTCLIP_EXPORT int fastclip_plan_promoted_dtype(const Plan* plan) {
   return static_cast<int>(promoted_dtype(plan->tensors));
 }
 
-FASTCLIP_EXPORT bool fastclip_plan_is_writable(const Plan* plan) {
-  return caught([&] { check_writable(plan->tensors); });
+FASTCLIP_EXPORT bool fastclip_plan_is_writable(const Plan* plan, double bound) {
+  return caught([&] {
+    check_writable(plan->tensors);
+    cpu::check_bound(plan->tensors, bound);
+  });
 }
 
 FASTCLIP_EXPORT bool fastclip_plan_total_norm(const Plan* plan, double norm_type, double* result) {
   return caught([&] { *result = cpu::total_norm(plan->tensors, norm_type); });
 }
 
-FASTCLIP_EXPORT bool fastclip_plan_scale(const Plan* plan, double clip_coef) {
-  return caught([&] { cpu::scale(plan->tensors, clip_coef); });
+FASTCLIP_EXPORT bool fastclip_plan_clip(const Plan* plan, double total_norm, double max_norm) {
+  return caught([&] { cpu::scale(plan->tensors, clip_coef(total_norm, max_norm)); });
 }
 
 FASTCLIP_EXPORT bool fastclip_plan_clamp(const Plan* plan, double clip_value) {

@@ -48,9 +48,9 @@ def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
     for name, arguments in {
         "delete": (),
         "promoted_dtype": (),
-        "is_writable": (),
+        "is_writable": (ctypes.c_double,),
         "total_norm": (ctypes.c_double, ctypes.c_void_p),
-        "scale": (ctypes.c_double,),
+        "clip": (ctypes.c_double, ctypes.c_double),
         "clamp": (ctypes.c_double,),
     }.items():
         function = getattr(library, f"fastclip_plan_{name}")
@@ -81,21 +81,23 @@ class Plan:
     def promoted_dtype(self) -> torch.dtype:
         return _DTYPES[_libraries[1].fastclip_plan_promoted_dtype(self._handle)]
 
-    def prepare_write(self) -> bool:
-        """Whether the tensors can be written in place; if so, autograd is told that they will be."""
-        if not _libraries[1].fastclip_plan_is_writable(self._handle):
+    def prepare_write(self, bound: float = 0.0) -> bool:
+        """Whether every tensor can be written in place and can hold the bound; if so, autograd is told of the write."""
+        if not _libraries[1].fastclip_plan_is_writable(self._handle, bound):
             return False
         if not torch.is_inference_mode_enabled():
+            if any(map(Tensor.is_inference, self.tensors)):
+                return False
             torch.autograd.graph.increment_version(self.tensors)
         return True
 
-    def scale_(self, clip_coef: float) -> None:
-        _libraries[1].fastclip_plan_scale(self._handle, clip_coef)
+    def clip_(self, total_norm: float, max_norm: float) -> None:
+        """Multiplies by ``min(max_norm / (total_norm + 1e-6), 1)``."""
+        _libraries[1].fastclip_plan_clip(self._handle, total_norm, max_norm)
 
-    def clamp_(self, clip_value: float) -> bool:
-        """Clamps to ``[-clip_value, clip_value]``; False, with nothing written, if that overflows a tensor's dtype."""
-        # A plan does not see the negative bit, which only symmetric bounds allow.
-        return clip_value >= 0 and _libraries[1].fastclip_plan_clamp(self._handle, clip_value)
+    def clamp_(self, clip_value: float) -> None:
+        """Clamps to ``[-clip_value, clip_value]``."""
+        _libraries[1].fastclip_plan_clamp(self._handle, clip_value)
 
 
 def _is_watched() -> bool:

@@ -77,22 +77,22 @@ def clip_grad_norm_(
         total_norm = plan.total_norm(norm_type)
         if error_if_nonfinite:
             _raise_if_nonfinite(total_norm, norm_type)
-        clip_coef = _clip_coef(total_norm, _to_float(max_norm, "max_norm"))
+        max_norm = _to_float(max_norm, "max_norm")
         if plan.prepare_write():
-            plan.scale_(clip_coef)
+            plan.clip_(total_norm, max_norm)
             return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if not error_if_nonfinite:
         max_norm = _to_float(max_norm, "max_norm")
-        if _may_be_one_call(grads):
+        if _may_be_one_call(grads, foreach):
             with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
                 return _ops.write(_ops.clip_grad_norm_, grads, max_norm, norm_type, dtype=norm_dtype)
-    if _groups.subclass_in(grads):
+    if _needs_torch(grads):
         total_norm = _torch_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
         _torch_clip_grads_with_norm_(parameters, _to_float(max_norm, "max_norm"), total_norm, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     if len(parts) == 1 and parts[0].backend.clip_grad_norm_ and not error_if_nonfinite:
         return parts[0].backend.clip_grad_norm_(grads, max_norm, norm_type, dtype=norm_dtype)
     total_norm = _total_norm(parts, norm_type)
@@ -144,7 +144,7 @@ def get_total_norm(
         if error_if_nonfinite:
             _raise_if_nonfinite(total_norm, norm_type)
         return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
-    if _groups.subclass_in(tensors):
+    if _needs_torch(tensors):
         total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
     parts = _groups.split(tensors)
@@ -195,19 +195,19 @@ def clip_grads_with_norm_(
         return
     if not isinstance(total_norm, Tensor):
         raise TypeError(f"total_norm: expected a Tensor, got {total_norm!r}")
-    if total_norm.dim() != 0 or total_norm.is_complex() or _groups.subclass_in([*grads, total_norm]):
+    if total_norm.dim() != 0 or total_norm.is_complex() or _needs_torch([*grads, total_norm]):
         _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
     if plan and total_norm.device.type == "cpu" and plan.prepare_write():
-        plan.scale_(_clip_coef(float(total_norm.detach()), max_norm))
+        plan.clip_(float(total_norm.detach()), max_norm)
         return
     clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)
-    if _may_be_one_call(grads):
+    if _may_be_one_call(grads, foreach):
         with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
             return _ops.write(_ops.scale_, grads, clip_coef.to(grads[0].device))
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     _scale_parts(parts, clip_coef)
 
 
@@ -248,17 +248,19 @@ def clip_grad_value_(
     grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         return
-    if plan and plan.prepare_write() and plan.clamp_(clip_value):
+    # A plan does not see the negative bit, under which only symmetric bounds mean the same.
+    if plan and clip_value >= 0 and plan.prepare_write(clip_value):
+        plan.clamp_(clip_value)
         return
-    if _may_be_one_call(grads):
+    if _may_be_one_call(grads, foreach):
         with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
             return _ops.write(_ops.clamp_, grads, -clip_value, clip_value)
-    if _groups.subclass_in(grads):
+    if _needs_torch(grads):
         _torch_clip_grad_value_(parameters, clip_value, foreach)
         return
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     _check_clip_value(grads, clip_value)
     for part in parts:
         part.backend.clamp_(part.tensors, -clip_value, clip_value)
@@ -283,8 +285,8 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
     grads = _gradients(_as_list(parameters, warn=False))
     if not grads:
         return []
-    if subclass := _groups.subclass_in(grads):
-        reason = f"{subclass} is a tensor subclass: torch's own functions take the whole list"
+    if odd := _groups.odd_type(grads):
+        reason = f"{odd.__name__} is a tensor subclass: torch's own functions take the whole list"
         return [_groups.describe(eager, grads, reason)]
     return [_groups.describe(*part) for part in _groups.split(grads)]
 
@@ -313,7 +315,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _to_float(value: object, argument: str) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise type(error)(f"{argument}: expected a number, got {value!r}") from error
 
@@ -331,9 +333,7 @@ def _check_foreach(parts: Sequence[_groups.Part], foreach: bool | None) -> None:
     for part in parts:
         device = part.tensors[0].device
         if foreach and not _device_has_foreach_support(device):
-            raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
-            )
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 
 def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
@@ -346,9 +346,23 @@ def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
             )
 
 
-def _may_be_one_call(grads: Sequence[Tensor]) -> bool:
+def _may_be_one_call(grads: Sequence[Tensor], foreach: bool | None) -> bool:
     """Whether a single op may take the list; the op itself looks at dtypes, layouts and devices, before any write."""
-    return not torch.compiler.is_compiling() and _dispatch.native_first() and _groups.all_plain(grads)
+    return (
+        not torch.compiler.is_compiling()
+        and not _dispatch.in_transform()
+        and _dispatch.native_first()
+        and _groups.all_plain(grads)
+        and not (foreach and not _device_has_foreach_support(grads[0].device))
+    )
+
+
+def _needs_torch(tensors: Sequence[Tensor]) -> bool:
+    """Whether the list is for torch's own functions: they know what a tensor subclass means, and what is no tensor."""
+    odd = _groups.odd_type(tensors)
+    if odd and issubclass(odd, Tensor) and _dispatch.forced not in (None, eager):
+        raise ValueError(f"use_backend({_dispatch.forced.NAME!r}): it cannot take a {odd.__name__}, a tensor subclass")
+    return odd is not None
 
 
 def _norm_of_nothing(norm_dtype: torch.dtype | None) -> Tensor:
@@ -401,10 +415,9 @@ def _raise_if_nonfinite(total_norm: Tensor | float, norm_type: float) -> None:
         )
 
 
-def _clip_coef(total_norm: Tensor | float, max_norm: float) -> Tensor | float:
+def _clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
-    clip_coef = 1.0 / (total_norm + 1e-6) * max_norm
-    return clip_coef.clamp(max=1.0) if isinstance(clip_coef, Tensor) else min(clip_coef, 1.0)
+    return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
 
 
 def _scale_parts(parts: Sequence[_groups.Part], clip_coef: Tensor) -> None:
