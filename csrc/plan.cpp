@@ -27,7 +27,7 @@ struct Python {
   PyObject* (*object_get_attr)(PyObject*, PyObject*);
   void (*dec_ref)(PyObject*);
   void (*err_clear)();
-  PyObject *tensor, *parameter, *none, *grad;
+  PyObject *tensor, *parameter, *none, *grad, *version;
 };
 
 // The parts of DLPack's structures that are read here.
@@ -103,7 +103,9 @@ bool read(PyObject* tensors, bool parameters, PyObject* grads, std::vector<Tenso
     const Owned grad(python.object_get_attr(tensor, python.grad));
     if (grad == nullptr) return false;
     if (grad.get() == python.none) continue;
-    if (!is_plain(grad.get()) || !add(grad.get(), views) || python.list_append(grads, grad.get()) != 0) return false;
+    // An inference tensor has no version, and only inference mode may write it.
+    if (!is_plain(grad.get()) || Owned(python.object_get_attr(grad.get(), python.version)) == nullptr) return false;
+    if (!add(grad.get(), views) || python.list_append(grads, grad.get()) != 0) return false;
   }
   return size >= 0;
 }

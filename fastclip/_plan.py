@@ -22,7 +22,7 @@ _FUNCTIONS = (
     "Py_DecRef",
     "PyErr_Clear",
 )
-_OBJECTS = (Tensor, torch.nn.Parameter, None, sys.intern("grad"))
+_OBJECTS = (Tensor, torch.nn.Parameter, None, sys.intern("grad"), sys.intern("_version"))
 
 
 def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
@@ -86,8 +86,6 @@ class Plan:
         if not _libraries[1].fastclip_plan_is_writable(self._handle, bound):
             return False
         if not torch.is_inference_mode_enabled():
-            if any(map(Tensor.is_inference, self.tensors)):
-                return False
             torch.autograd.graph.increment_version(self.tensors)
         return True
 

@@ -294,6 +294,8 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
 def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
     if isinstance(parameters, Tensor):
         return [parameters]
+    if type(parameters) is list:
+        return parameters
     is_generator = isinstance(parameters, types.GeneratorType)
     parameters = list(parameters)
     if warn and is_generator and not parameters:

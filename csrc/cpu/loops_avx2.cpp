@@ -55,6 +55,16 @@ struct Avx2 {
   static void store_opmath(float16* out, __m256 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class Register>
+  static void store_exact(T* out, Register x) {
+    store_opmath(out, x);
+  }
+  static void store_exact(bfloat16* out, __m256 x) {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+  }
   static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
   static __m256d broadcast(double x) { return _mm256_set1_pd(x); }
   static __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }

@@ -57,6 +57,15 @@ struct Avx512 {
   static void store_opmath(float16* out, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class Register>
+  static void store_exact(T* out, Register x) {
+    store_opmath(out, x);
+  }
+  static void store_exact(bfloat16* out, __m512 x) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(high));
+  }
   static __m512 broadcast(float x) { return _mm512_set1_ps(x); }
   static __m512d broadcast(double x) { return _mm512_set1_pd(x); }
   static __m512 mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }

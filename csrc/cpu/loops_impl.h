@@ -57,6 +57,11 @@ struct Scalar {
   static void store_opmath(T* out, float x) {
     from_float(x, out);
   }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class A>
+  static void store_exact(T* out, A x) {
+    store_opmath(out, x);
+  }
   template <class A>
   static A broadcast(A x) {
     return x;
@@ -179,22 +184,32 @@ bool clamp_register(T* x, Register lo, Register hi) {
   const auto before = V::load_opmath(x);
   const auto after = V::clamp(before, lo, hi);
   if (!V::differ(before, after)) return false;
-  V::store_opmath(x, after);
+  V::store_exact(x, after);
   return true;
 }
 
 template <class V, class T>
 bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
+  constexpr int64_t kBlock = 256;
   T* x = static_cast<T*>(data);
   const auto lo = static_cast<opmath_t<T>>(lo_wide), hi = static_cast<opmath_t<T>>(hi_wide);
   const auto lo_register = V::broadcast(lo), hi_register = V::broadcast(hi);
+  // A block whose magnitudes are all within the nearer bound has nothing to change; integers find out fastest.
+  const bool around_zero = lo <= 0 && hi >= 0;
+  T nearer{};
+  Scalar::store_opmath(&nearer, -lo < hi ? -lo : hi);
   bool changed = false;
-  int64_t i = 0;
-  for (; i + V::template width<T> <= n; i += V::template width<T>) {
-    prefetch(x + i, V::template width<T>);
-    changed |= clamp_register<V>(x + i, lo_register, hi_register);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    prefetch(x + begin, kBlock);
+    magnitude_t<T> largest = 0;
+    for (int64_t i = begin; i < end; ++i) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
+    if (around_zero && largest <= magnitude(nearer)) continue;
+    int64_t i = begin;
+    for (; i + V::template width<T> <= end; i += V::template width<T>)
+      changed |= clamp_register<V>(x + i, lo_register, hi_register);
+    for (; i < end; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
   }
-  for (; i < n; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
   return changed;
 }
 
