@@ -1,0 +1,46 @@
+"""The documentation is true: examples run, links lead somewhere, and the tests that claims name exist."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import fastclip
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", ["_dispatch", "clip", "patch"])
+def test_examples_run(name):
+    result = doctest.testmod(importlib.import_module(f"fastclip.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_public_function_has_an_example():
+    for name in fastclip.__all__:
+        doc = getattr(fastclip, name).__doc__
+        assert ">>> " in doc, name
+
+
+def documents():
+    # An installed package has no README beside its tests.
+    return [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_named_tests_exist(path):
+    code = "\n".join(test.read_text() for test in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", path.read_text()):
+        assert f"def {name}(" in code, name
+    for name in re.findall(r"`(?:tests/)?(test_\w+\.py)`", path.read_text()):
+        assert (ROOT / "tests" / name).exists(), name
