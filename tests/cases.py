@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from reference import FLOATS, LOW
 
 CHUNK = 65_536  # elements of one chunk, the unit of work and of one partial

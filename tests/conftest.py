@@ -13,9 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Tests import their neighbours by name, from wherever pytest was started.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fastclip
 import pytest
 import torch
+
+import fastclip
 
 BACKENDS = [name for name, reason in fastclip.backends().items() if reason is None]
 TORCH_FUNCTIONS = {

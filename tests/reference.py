@@ -65,7 +65,7 @@ def magnitudes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def total_norm(tensors, norm_type: float | str = 2.0) -> float:
-    """Return the norm of all elements of all tensors; order 0 counts the tensors that hold a non-zero, as torch does."""
+    """Return the norm of all elements; order 0 counts the tensors that hold a non-zero, as torch does."""
     norm_type = float(norm_type)
     values = [magnitudes(t) for t in tensors]
     if norm_type == 0:

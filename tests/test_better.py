@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
 import torch.nn.utils as torchs
+
+import fastclip
+import reference
 from cases import parameters, random
 from subproc import call
 
 
 @pytest.mark.parametrize("dtype", reference.LOW)
 def test_low_precision_is_wide_until_the_end(backend, dtype):
-    """Over random models: the reported norm is right to one rounding, and clipping never leaves a norm above max_norm."""
+    """Over random models: the reported norm is right to one rounding, and clipping ends at max_norm."""
     generator = torch.Generator().manual_seed(8)
     torch_off = torch_above = 0.0
     row = reference.tolerance(dtype)
@@ -273,8 +274,9 @@ def clip_read_only_pages() -> str:
     """In a child that a write would kill: gradients in memory mapped without write permission."""
     import mmap
 
-    import fastclip
     import numpy as np
+
+    import fastclip
 
     with fastclip.use_backend("native"):
         size = 3 * 65_536

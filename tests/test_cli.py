@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-import fastclip
 import pytest
+
+import fastclip
 from subproc import python
 
 SCRIPT = '''

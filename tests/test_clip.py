@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
+
+import fastclip
+import reference
 from cases import CHUNK, grid, parameters, place, random
 from test_norms import forced, promoted
 
@@ -71,7 +72,7 @@ def test_no_clipping_changes_no_bit(backend, dtype, fence):
 
 @pytest.mark.parametrize("dtype", reference.FLOATS)
 def test_norm_equal_to_max_norm_still_scales(backend, dtype):
-    """The epsilon is always added: a norm of exactly max_norm is scaled by 1 / (1 + 2e-7), as far as the dtype shows it."""
+    """The epsilon is always added: a norm of exactly max_norm is scaled by 1 / (1 + 2e-7), if the dtype shows it."""
     grad, twin = (torch.tensor([3.0, 4.0], dtype=dtype) for _ in range(2))
     fastclip.clip_grad_norm_(parameters([grad]), 5.0)
     reference.scale_rounded_([twin], 1 / (5.0 + 1e-6) * 5.0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 
-import fastclip
 import pytest
-import subproc
 import torch
 import torch.nn.utils as torchs
+
+import fastclip
+import subproc
 from cases import parameters
 from test_parity import outcome
 
@@ -17,7 +18,7 @@ NAMES = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_wi
 
 
 def rejected(call, fence, grads, *, names=(), error=None) -> BaseException:
-    """Check that `call` raises as torch does (or `error`), names what was wrong, and changed neither data nor version."""
+    """Check that `call` raises as torch does (or `error`), names what was wrong, and changed no data and no version."""
     before, versions = fence(grads), [g._version for g in grads]
     ours = outcome(call, fastclip).error
     assert ours is not None, "no error"
@@ -115,7 +116,7 @@ def test_clip_value_that_does_not_fit(backend, dtype, foreach, fence):
         lambda: [1.0],
         lambda: "ab",
     ],
-    ids=["module", "param groups", "named_parameters", "nested", "None", "int", "list of None", "strings", "floats", "str"],
+    ids=["module", "param groups", "named_parameters", "nested", "None", "int", "Nones", "strings", "floats", "str"],
 )  # fmt: skip
 def test_what_is_no_list_of_tensors(backend, name, bad, fence):
     rest = {"clip_grad_norm_": (1.0,), "clip_grad_value_": (1.0,), "clip_grads_with_norm_": (1.0, torch.tensor(1.0))}

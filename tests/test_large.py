@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import numpy as np
 import pytest
+import torch
+
+import fastclip
 import reference
 import subproc
-import torch
 from cases import parameters
 
 BEYOND = 2**31 + 77  # more elements than an int32 counts, with an odd tail

@@ -1,4 +1,4 @@
-"""ISA x length x misalignment: every set of loops against the oracle, and all of them against one another, bit by bit."""
+"""ISA x length x misalignment: the scalar loops against the oracle, all others against them, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
+
 import reference
 import subproc
-import torch
 
 CHUNK = 65_536
 # Every length up to one block of 32 lanes and a little more, then around the blocks that a loop may unroll.

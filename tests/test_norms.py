@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
+
+import fastclip
+import reference
 from cases import CHUNK, grid, place, random
 
 LIST_DTYPE = {  # what torch returns for each set of dtypes; test_parity asks torch itself

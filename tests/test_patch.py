@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import pickle
 
-import fastclip
 import pytest
 import torch
 import torch.nn.utils as torchs
+from torch.nn.utils import clip_grad, clip_grad_norm_  # the early import that a patch has to reach
+
+import fastclip
 from cases import parameters
 from conftest import TORCH_FUNCTIONS
-from torch.nn.utils import clip_grad, clip_grad_norm_  # the early import that a patch has to reach
 
 PLACES = (
     (torchs, "clip_grad_norm_", "clip_grad_norm_"),

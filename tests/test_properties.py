@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
-from cases import parameters, place
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import fastclip
+import reference
+from cases import parameters, place
 
 # Derandomized: a red run is red again. No deadline: the machine may be busy.
 check = settings(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
+
+import fastclip
+import reference
 from cases import CASES, CHUNK, grid, parameters, place
 from test_norms import forced
 
