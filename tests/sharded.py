@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 
 import pytest
 import reference
@@ -554,3 +555,58 @@ def fsdp2_over_tensor_parallel_trains_as_unsharded():
         assert "_StridedShard" in names or mesh.size(1) == 1, names
 
     _assert_trains_alike(shard)
+
+
+def _fsdp1(strategy, use_orig_params=True, dtype=torch.float32):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = _model().to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about the strategy and about FSDP1's age
+        return FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), sharding_strategy=strategy, use_orig_params=use_orig_params
+        )
+
+
+def _step(model, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(5)
+    (model(torch.randn(4, 6, generator=generator).to(dtype)).square().mean() * scale).backward()
+
+
+@check(CHECKS)
+def fsdp1_as_unpatched():
+    """Norm, its dtype, and the gradients are those of torch's method, for every strategy and p."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    torchs = FullyShardedDataParallel.clip_grad_norm_
+    for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD):
+        for use_orig_params in (True, False):
+            model = _fsdp1(strategy, use_orig_params)
+            for norm_type in (2.0, 1.0, math.inf):
+                results = []
+                for patched in (False, True):
+                    model.zero_grad()
+                    _step(model, scale=100.0)
+                    with fastclip.patch() if patched else contextlib.nullcontext():
+                        assert (FullyShardedDataParallel.clip_grad_norm_ is torchs) != patched
+                        norm = model.clip_grad_norm_(0.5, norm_type)
+                    results.append([norm, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+                with during(strategy, use_orig_params, norm_type):
+                    for ours, theirs in zip(*results[::-1], strict=True):
+                        assert ours.dtype == theirs.dtype
+                        torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-9)
+                    assert_same_on_all_ranks(results[1][0].item().hex())
+    assert FullyShardedDataParallel.clip_grad_norm_ is torchs
+
+
+@check(CHECKS)
+def fsdp1_dtype_and_no_gradients():
+    from torch.distributed.fsdp import ShardingStrategy
+
+    model = _fsdp1(ShardingStrategy.FULL_SHARD, dtype=torch.bfloat16)
+    with fastclip.patch():
+        with pytest.warns(UserWarning, match=r"with no gradients -- returning the total norm in the default dtype"):
+            norm = model.clip_grad_norm_(1.0)
+        assert (norm.dtype, norm.item()) == (torch.float32, 0.0)
+        _step(model, torch.bfloat16)
+        assert model.clip_grad_norm_(1.0).dtype == torch.bfloat16
