@@ -56,7 +56,7 @@ def patch() -> Patch:
     Replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm`` and ``clip_grads_with_norm_`` in
     ``torch.nn.utils`` and the four functions behind them in ``torch.nn.utils.clip_grad``. That reaches every caller
     that looks them up as attributes, and callers who imported ``clip_grad_norm_`` by name before; the other three,
-    imported by name before, stay torch's. Where ``torch.distributed.fsdp`` is imported already, it also replaces the method
+    imported by name before, stay torch's. Where ``torch.distributed.fsdp`` is imported already, it also replaces
     ``FullyShardedDataParallel.clip_grad_norm_``.
 
     Returns:

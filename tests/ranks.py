@@ -50,10 +50,9 @@ def run(module: str, world_size: int, timeout: float = TIMEOUT) -> dict[str, str
         for name in importlib.import_module(module).CHECKS:
             outcomes = [_outcome(Path(folder), rank, name) for rank in range(world_size)]
             if HUNG in outcomes:
-                stacks = [(Path(folder) / f"{rank}.stderr").read_text() for rank in range(world_size)]
-                outcomes = [
-                    f"{was or 'waits for the others'}\n{stack}" for was, stack in zip(outcomes, stacks, strict=True)
-                ]
+                for rank, was in enumerate(outcomes):
+                    stack = (Path(folder) / f"{rank}.stderr").read_text()
+                    outcomes[rank] = f"{was or 'waits for the others'}\n{stack}"
             results[name] = "\n".join(f"rank {i}: {error}" for i, error in enumerate(outcomes) if error)
         if launched.returncode and all("not reached" in error for error in results.values()):
             raise RuntimeError(launched.stderr)

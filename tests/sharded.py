@@ -376,7 +376,7 @@ def value():
         reference.assert_bits([p.grad.full_tensor()], [full.clamp(-0.5, 0.5)])
     partial = sharded(fulls[1], mesh, [Partial("sum")])
     for clip in (nn.utils.clip_grad_value_, fastclip.clip_grad_value_):
-        with pytest.raises(RuntimeError, match="(?i)partial"):
+        with pytest.raises(RuntimeError, match=r"(?i)partial"):
             clip([parameter(partial)], 0.5)
 
 
