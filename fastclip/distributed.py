@@ -83,7 +83,7 @@ def _wait(tensor: Tensor) -> Tensor:
 
 def partial_placement_in(tensors: Sequence[Tensor]) -> bool:
     dtensor, placements = _dtensor(), None
-    for tensor in tensors:
+    for tensor in tensors if dtensor else ():
         if type(tensor) is dtensor and tensor._spec.placements != placements:
             placements = tensor._spec.placements
             if any(p.is_partial() for p in placements):
