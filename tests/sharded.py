@@ -610,3 +610,51 @@ def fsdp1_dtype_and_no_gradients():
         assert (norm.dtype, norm.item()) == (torch.float32, 0.0)
         _step(model, torch.bfloat16)
         assert model.clip_grad_norm_(1.0).dtype == torch.bfloat16
+
+
+def _assert_patch_changes_nothing(make, clip) -> None:
+    """Loss and norm of every step are equal to rounding with and without the patch."""
+    unpatched = _train(make(), clip)
+    with fastclip.patch():
+        patched = _train(make(), clip)
+    torch.testing.assert_close(torch.tensor(patched), torch.tensor(unpatched), rtol=1e-5, atol=1e-7)
+    assert_same_on_all_ranks(str(patched))
+
+
+def _fsdp2():
+    from torch.distributed.fsdp import fully_shard
+
+    model = _model()
+    for block in model:
+        fully_shard(block, mesh=mesh_1d())
+    return fully_shard(model, mesh=mesh_1d())
+
+
+@check(CHECKS)
+def fsdp2_as_unpatched():
+    _assert_patch_changes_nothing(_fsdp2, lambda *args: nn.utils.clip_grad_norm_(*args))
+
+
+@check(CHECKS)
+def ddp_as_unpatched():
+    ddp = nn.parallel.DistributedDataParallel
+    _assert_patch_changes_nothing(lambda: ddp(_model()), lambda *args: nn.utils.clip_grad_norm_(*args))
+
+
+@check(CHECKS)
+def two_norms_joined_by_the_caller():
+    """torchtitan's way: norms of two halves, made plain, their powers added over a group, one factor for both."""
+
+    def clip(parameters, max_norm):
+        parameters = list(parameters)
+        halves = parameters[:5], parameters[5:]
+        norms = [nn.utils.get_total_norm([p.grad for p in half], 2.0, False, True) for half in halves]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total = norms[0] ** 2 + norms[1] ** 2
+        dist.all_reduce(total, group=dist.group.WORLD)  # as over stages, which here all hold the same
+        total = (total / dist.get_world_size()) ** 0.5
+        for half in halves:
+            nn.utils.clip_grads_with_norm_(half, max_norm, total, True)
+        return total
+
+    _assert_patch_changes_nothing(_fsdp2, clip)
