@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from unittest import mock
 
 import pytest
 import reference
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fastclip
+from fastclip import distributed
 
 CHECKS: dict[str, Check] = {}
 NORM_TYPES = (2.0, 1.0, 3.0, math.inf, 0.5)
@@ -306,6 +308,8 @@ def as_torch_returns_it():
             assert ours.device_mesh == theirs.device_mesh
             assert all(p.is_replicate() for p in ours.placements)
             reference.assert_norm(ours.to_local(), reference.total_norm(fulls, norm_type), dtype)
+        (group,) = fastclip.why([parameter(g) for g in grads])
+        assert (group.count, group.device) == (2, "cpu")
         inf = fastclip.get_total_norm(grads, math.inf)
         assert all(p.is_replicate() for p in inf.placements)
 
@@ -466,6 +470,49 @@ def flat_shards():
     mine = parameter(flat.chunk(dist.get_world_size())[dist.get_rank()].clone())
     norm = fastclip.clip_grad_norm_([mine], 1.0, process_group=dist.group.WORLD)
     reference.assert_norm(norm, reference.total_norm([flat]), torch.float32)
+
+
+@check(CHECKS)
+def meshes_that_do_not_span_the_world():
+    """One reduction for each group, as no single one covers all."""
+    both = mesh_2d()
+    fulls = full_tensors(((16, 8), (5, 3)))
+
+    def make():
+        return [parameter(sharded(f, both[name], [Shard(0)])) for f, name in zip(fulls, ("dp", "tp"), strict=True)]
+
+    assert_clipped(make, fulls)
+    parameters = make()
+    with collectives() as sizes:
+        fastclip.clip_grad_norm_(parameters, 1.0)
+    assert sizes == [8] * sum(both.size(d) > 1 for d in (0, 1)), sizes
+
+
+@check(CHECKS)
+def one_group_after_the_other():
+    """Two partials that share a group go through it together."""
+    both = mesh_2d()
+    dp, tp = both.get_group("dp"), both.get_group("tp")
+    routes = [distributed.Route((dp, tp)), distributed.Route((tp,)), distributed.Route(())]
+    partials = [torch.tensor([1.0 + dist.get_rank()], dtype=torch.float64) for _ in routes]
+    i, width = dist.get_rank() // both.size(1), both.size(1)
+    with collectives() as sizes:
+        reduced = distributed.reduce(partials, routes, 2.0)
+    world = dist.get_world_size()
+    row = sum(1.0 + i * width + j for j in range(width))
+    assert [r.item() for r in reduced] == [world * (world + 1) / 2, row, 1.0 + dist.get_rank()]
+    assert sizes == [8, 16]
+
+
+@check(CHECKS)
+def group_that_cannot_reduce_on_the_gradients_device():
+    """CPU gradients, as after offloading, and a group with NCCL only: the error says what to pass."""
+    grad = sharded(torch.ones(16), mesh_1d(), [Shard(0)])
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        if torch.accelerator.is_available():
+            return
+        with pytest.raises(RuntimeError, match=r"initialise it with a backend for that device, as in .*cpu:gloo"):
+            fastclip.get_total_norm([grad])
 
 
 @check(CHECKS)
