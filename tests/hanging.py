@@ -6,9 +6,9 @@ import time
 
 import torch
 import torch.distributed as dist
-from ranks import Check, check
 
 import fastclip
+from ranks import Check, check
 
 CHECKS: dict[str, Check] = {}
 

@@ -8,15 +8,15 @@ import warnings
 from unittest import mock
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
-from ranks import Check, check
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fastclip
+import reference
 from fastclip import distributed
+from ranks import Check, check
 
 CHECKS: dict[str, Check] = {}
 NORM_TYPES = (2.0, 1.0, 3.0, math.inf, 0.5)

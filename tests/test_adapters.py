@@ -6,10 +6,10 @@ import math
 import types
 
 import pytest
-import reference
 import torch
-from cases import random
 
+import reference
+from cases import random
 from fastclip import adapters
 
 

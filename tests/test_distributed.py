@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch.distributed
+
 import ranks
 import sharded
-import torch.distributed
 from subproc import python
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
