@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 import torch.nn.utils
 from torch.nn.utils import clip_grad
 
-from . import clip
+from . import clip, fsdp
 
 # torch's own clip_grad_norm_ looks up the two private names at every call: replacing them reaches code that imported it
 # by name long before.
@@ -21,8 +22,15 @@ _PLACES = (
     (clip_grad, "_get_total_norm", clip.get_total_norm),
     (clip_grad, "_clip_grads_with_norm_", clip.clip_grads_with_norm_),
 )
-_originals: list[object] = []
+_originals: list[tuple[object, str, object]] = []
 _applied: Patch | None = None
+
+
+def _places() -> list[tuple[object, str, object]]:
+    # Its import takes long; a model that uses it has imported it before it can be clipped.
+    module = sys.modules.get("torch.distributed.fsdp")
+    fsdp1 = getattr(module, "FullyShardedDataParallel", None)
+    return [*_PLACES, (fsdp1, "clip_grad_norm_", fsdp.clip_grad_norm_)] if fsdp1 else list(_PLACES)
 
 
 class Patch:
@@ -46,9 +54,10 @@ def patch() -> Patch:
     """Puts fastclip's functions in the place of torch's, for the whole process.
 
     Replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm`` and ``clip_grads_with_norm_`` in
-    ``torch.nn.utils`` and the four functions behind them in ``torch.nn.utils.clip_grad``. That reaches every caller that
-    looks them up as attributes, and callers who imported ``clip_grad_norm_`` by name before; the other three, imported
-    by name before, stay torch's.
+    ``torch.nn.utils`` and the four functions behind them in ``torch.nn.utils.clip_grad``. That reaches every caller
+    that looks them up as attributes, and callers who imported ``clip_grad_norm_`` by name before; the other three,
+    imported by name before, stay torch's. Where ``torch.distributed.fsdp`` is imported already, it also replaces
+    ``FullyShardedDataParallel.clip_grad_norm_``.
 
     Returns:
         Patch: handle with ``undo()``, and a context manager. Where torch is patched already nothing happens, and the
@@ -67,9 +76,9 @@ def patch() -> Patch:
     if _applied:
         return handle
     _applied = handle
-    for module, name, function in _PLACES:
-        _originals.append(getattr(module, name))
-        setattr(module, name, function)
+    for owner, name, function in _places():
+        _originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, function)
     return handle
 
 
@@ -83,6 +92,6 @@ def unpatch() -> None:
     """
     global _applied
     _applied = None
-    for (module, name, _), original in zip(_PLACES, _originals, strict=False):
-        setattr(module, name, original)
+    for owner, name, original in _originals:
+        setattr(owner, name, original)
     _originals.clear()

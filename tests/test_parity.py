@@ -79,7 +79,8 @@ def test_signature(name):
     added = ours[len(theirs) :]
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in added)
-    assert [p.name for p in added] == (["norm_dtype"] if name in ("clip_grad_norm_", "get_total_norm") else [])
+    norms = name in ("clip_grad_norm_", "get_total_norm")
+    assert [p.name for p in added] == (["norm_dtype", "process_group", "is_duplicate"] if norms else [])
 
 
 def test_positional_and_keyword_arguments():
