@@ -332,7 +332,9 @@ def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
 
 def _may_be_one_call(grads: Sequence[Tensor]) -> bool:
     """Whether a single op may take the list; the op itself looks at dtypes, layouts and devices, before any write."""
-    return not torch.compiler.is_compiling() and _dispatch.native_first() and _groups.all_plain(grads)
+    return (
+        not torch.compiler.is_compiling() and _groups.all_plain(grads) and _dispatch.has_ops(grads[0].device.type)
+    )
 
 
 def _norm_of_nothing(norm_dtype: torch.dtype | None) -> Tensor:

@@ -51,7 +51,7 @@ def place(values: torch.Tensor, offset: int = 0) -> torch.Tensor:
 
 def random(generator, dtype, *shape, offset: int = 0) -> torch.Tensor:
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return place(torch.randn(*shape, dtype=wide, generator=generator).to(dtype), offset)
+    return place(torch.randn(shape, dtype=wide, generator=generator).to(dtype), offset)
 
 
 @case("no dimension, one element")
