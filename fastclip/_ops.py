@@ -1,4 +1,4 @@
-"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the library that implements them.
+"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled library.
 
 Engines register their kernels for a device key; the compiled CPU library does so when it is loaded here.
 """

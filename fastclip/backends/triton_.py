@@ -8,6 +8,7 @@ without float64 (Intel Arc) are refused, because the norm is finished in it.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import struct
@@ -67,6 +68,10 @@ def refuses(tensor: Tensor) -> str | None:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements are one run of memory in some order of the dimensions."""
+    if torch.compiler.is_compiling():
+        # Dynamo cannot read the strides of a gradient; these are the layouts that gradients have.
+        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        return channels_last or (tensor.dim() >= 2 and tensor.mT.is_contiguous())
     reach = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         if size != 1:
@@ -133,7 +138,7 @@ def overlap(spans: Iterable[tuple[int, int, torch.dtype]]) -> bool:
     """Whether some element belongs to two tensors, or is listed twice."""
     runs = [(address, address + numel * dtype.itemsize) for address, numel, dtype in spans]
     runs.sort()
-    return any(begin < end for (_, end), (begin, _) in zip(runs, runs[1:], strict=False))
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(runs))
 
 
 def norm_kind(norm_type: float) -> int:

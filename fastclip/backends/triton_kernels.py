@@ -11,6 +11,8 @@ neither the grid nor the dtypes beside them. Inside a chunk the body starts at a
 vectors of 16 bytes; up to one vector of elements lies before it and one after it, the edges.
 """
 
+# ruff: noqa: SIM300  (a constexpr is no constant to be compared with)
+
 import triton
 import triton.language as tl
 
@@ -296,7 +298,9 @@ def _store_norm(out, norm):
 
 
 @triton.jit
-def norm_finalize_kernel(list_header, partials, out, clip_coef, KIND: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr):
+def norm_finalize_kernel(
+    list_header, partials, out, clip_coef, KIND: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Combines the partials in the order of their slots. FUSED goes on to the root, the norm and the coefficient."""
     slots = tl.load(list_header)
     lane = tl.arange(0, BLOCK)
