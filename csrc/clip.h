@@ -11,9 +11,7 @@ namespace fastclip {
 enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kNumDtypes = 4;
 
-constexpr int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // torch.promote_types on the four dtypes.
 constexpr Dtype promote(Dtype a, Dtype b) {
@@ -34,9 +32,7 @@ inline NormKind norm_kind(double norm_type) {
 }
 
 // The partial of no elements.
-inline double identity(NormKind kind) {
-  return kind == NormKind::kMin ? std::numeric_limits<double>::infinity() : 0.0;
-}
+inline double identity(NormKind kind) { return kind == NormKind::kMin ? std::numeric_limits<double>::infinity() : 0.0; }
 
 // Both comparisons are written so that a NaN on either side wins.
 inline double max_nan(double a, double b) { return a >= b || a != a ? a : b; }

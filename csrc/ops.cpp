@@ -36,15 +36,18 @@ void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
   const double coef = take_scalar(stack[1], "clip_coef");
-  tensors.check_writable();
+  check_writable(tensors.views());
   cpu::scale(tensors.views(), coef);
 }
 
 // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
 void clamp_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
-  tensors.check_writable();
-  cpu::clamp(tensors.views(), to_double(stack[1]), to_double(stack[2]));
+  check_writable(tensors.views());
+  const double min = to_double(stack[1]), max = to_double(stack[2]);
+  cpu::check_bound(tensors.views(), min);
+  cpu::check_bound(tensors.views(), max);
+  cpu::clamp(tensors.views(), min, max);
 }
 
 // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
@@ -52,8 +55,8 @@ void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
   const double max_norm = to_double(stack[1]), norm_type = to_double(stack[2]);
   const std::unique_ptr<StableIValue> dtype(reinterpret_cast<StableIValue*>(stack[3]));
   const TensorList grads(stack[0]);
-  const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : grads.promoted_dtype();
-  grads.check_writable();
+  const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : promoted_dtype(grads.views());
+  check_writable(grads.views());
   const double total_norm = cpu::total_norm(grads.views(), norm_type);
   AtenTensorHandle result = new_scalar(total_norm, norm_dtype);
   cpu::scale(grads.views(), clip_coef(total_norm, max_norm));

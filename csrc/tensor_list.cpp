@@ -42,13 +42,16 @@ T from_stack(StableIValue value) {
   return out;
 }
 
+bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int64_t expected = 1;
+  for (int64_t d = dim; d-- > 0; expected *= sizes[d])
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+  return true;
+}
+
 // Sorted by stride, dimensions merge to a single run of stride 1 exactly when the memory is dense in some order.
-std::unique_ptr<const std::vector<Dim>> merged_dims(AtenTensorHandle tensor) {
-  int64_t dim = 0;
-  int64_t *sizes = nullptr, *strides = nullptr;
-  FASTCLIP_CALL(aoti_torch_get_dim, tensor, &dim);
-  FASTCLIP_CALL(aoti_torch_get_sizes, tensor, &sizes);
-  FASTCLIP_CALL(aoti_torch_get_strides, tensor, &strides);
+std::unique_ptr<const std::vector<Dim>> merged_dims(int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  if (is_contiguous(dim, sizes, strides)) return nullptr;
   std::vector<Dim> dims;
   for (int64_t d = 0; d < dim; ++d)
     if (sizes[d] != 1) dims.push_back({sizes[d], strides[d]});
@@ -60,7 +63,7 @@ std::unique_ptr<const std::vector<Dim>> merged_dims(AtenTensorHandle tensor) {
     else
       merged.push_back(inner);
   }
-  if (merged.empty() || (merged.size() == 1 && merged[0].stride == 1)) return nullptr;
+  if (merged.size() == 1 && merged[0].stride == 1) return nullptr;
   return std::make_unique<const std::vector<Dim>>(std::move(merged));
 }
 
@@ -73,16 +76,28 @@ bool may_overlap_itself(const std::vector<Dim>& dims) {
   return false;
 }
 
-// To float so that a second rounding, to 16 bits, gives what one rounding from double would (round to odd).
-float to_float_odd(double value) {
-  const float nearest = static_cast<float>(value);
-  const uint32_t bits = cpu::bit_cast<uint32_t>(nearest);
-  if (nearest == value || nearest != nearest || (bits & 1) != 0 || std::isinf(nearest)) return nearest;
-  const bool away = (nearest > value) == (value > 0);
-  return cpu::bit_cast<float>(away ? bits - 1 : bits + 1);
+}  // namespace
+
+TensorView make_view(void* data, Dtype dtype, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  TensorView view{static_cast<char*>(data), 1, nullptr, dtype};
+  for (int64_t d = 0; d < dim; ++d) view.numel *= sizes[d];
+  if (view.numel > 0) view.dims = merged_dims(dim, sizes, strides);
+  return view;
 }
 
-}  // namespace
+void check_writable(const std::vector<TensorView>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i].dims != nullptr && may_overlap_itself(*tensors[i].dims))
+      throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
+                               "]: unsupported operation: more than one element of the written-to tensor refers to a "
+                               "single memory location. Please clone() the tensor before performing the operation.");
+}
+
+Dtype promoted_dtype(const std::vector<TensorView>& tensors) {
+  Dtype dtype = tensors.empty() ? Dtype::kFloat32 : tensors.front().dtype;
+  for (const TensorView& view : tensors) dtype = promote(dtype, view.dtype);
+  return dtype;
+}
 
 TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(list)) {
   const auto read = [this] {
@@ -100,17 +115,13 @@ TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(l
         throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
                                  "]: expected float32, float64, bfloat16 or float16, got dtype code " +
                                  std::to_string(code));
-      TensorView view{nullptr, 0, nullptr, static_cast<Dtype>(dtype)};
-      bool contiguous = false;
-      FASTCLIP_CALL(aoti_torch_get_numel, tensor.get(), &view.numel);
-      FASTCLIP_CALL(aoti_torch_is_contiguous, tensor.get(), &contiguous);
-      if (view.numel > 0) {
-        void* data = nullptr;
-        FASTCLIP_CALL(aoti_torch_get_data_ptr, tensor.get(), &data);
-        view.data = static_cast<char*>(data);
-        if (!contiguous) view.dims = merged_dims(tensor.get());
-      }
-      views_.push_back(std::move(view));
+      void* data = nullptr;
+      int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+      FASTCLIP_CALL(aoti_torch_get_data_ptr, tensor.get(), &data);
+      FASTCLIP_CALL(aoti_torch_get_dim, tensor.get(), &dim);
+      FASTCLIP_CALL(aoti_torch_get_sizes, tensor.get(), &sizes);
+      FASTCLIP_CALL(aoti_torch_get_strides, tensor.get(), &strides);
+      views_.push_back(make_view(data, static_cast<Dtype>(dtype), dim, sizes, strides));
     }
   };
   try {
@@ -122,20 +133,6 @@ TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(l
 }
 
 TensorList::~TensorList() { torch_delete_list(list_); }
-
-Dtype TensorList::promoted_dtype() const {
-  Dtype dtype = views_.empty() ? Dtype::kFloat32 : views_.front().dtype;
-  for (const TensorView& view : views_) dtype = promote(dtype, view.dtype);
-  return dtype;
-}
-
-void TensorList::check_writable() const {
-  for (size_t i = 0; i < views_.size(); ++i)
-    if (views_[i].dims != nullptr && may_overlap_itself(*views_[i].dims))
-      throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
-                               "]: unsupported operation: more than one element of the written-to tensor refers to a "
-                               "single memory location. Please clone() the tensor before performing the operation.");
-}
 
 AtenTensorHandle new_scalar(double value, Dtype dtype) {
   AtenTensorHandle handle = nullptr;
@@ -152,10 +149,10 @@ AtenTensorHandle new_scalar(double value, Dtype dtype) {
       *static_cast<float*>(data) = static_cast<float>(value);
       break;
     case Dtype::kBFloat16:
-      cpu::from_float(to_float_odd(value), static_cast<cpu::bfloat16*>(data));
+      cpu::from_float(static_cast<float>(value), static_cast<cpu::bfloat16*>(data));
       break;
     case Dtype::kFloat16:
-      cpu::from_float(to_float_odd(value), static_cast<cpu::float16*>(data));
+      cpu::from_float(static_cast<float>(value), static_cast<cpu::float16*>(data));
       break;
   }
   return tensor.release();

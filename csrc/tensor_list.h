@@ -1,4 +1,5 @@
-// The argument `Tensor[] tensors` of a boxed kernel, read once into plain views: pointer, length, dtype, layout.
+// Tensors as plain views (pointer, length, dtype, layout), and the argument `Tensor[] tensors` of a boxed kernel read
+// into them.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,13 @@ struct TensorView {
   Dtype dtype;
 };
 
+// Throws std::runtime_error, naming the tensor, where two elements of one tensor may share memory.
+void check_writable(const std::vector<TensorView>& tensors);
+// torch.promote_types over all tensors.
+Dtype promoted_dtype(const std::vector<TensorView>& tensors);
+// The view of a strided tensor; sizes and strides, in elements, are those of torch.
+TensorView make_view(void* data, Dtype dtype, int64_t dim, const int64_t* sizes, const int64_t* strides);
+
 class TensorList {
  public:
   // Takes over the list. Throws std::runtime_error, naming the tensor, for a dtype that has no kernel.
@@ -33,16 +41,13 @@ class TensorList {
   TensorList& operator=(const TensorList&) = delete;
 
   const std::vector<TensorView>& views() const { return views_; }
-  Dtype promoted_dtype() const;
-  // Throws std::runtime_error, naming the tensor, where two elements of one tensor may share memory.
-  void check_writable() const;
 
  private:
   StableListHandle list_;  // keeps the memory of the views alive
   std::vector<TensorView> views_;
 };
 
-// A new 0-dim CPU tensor holding value, rounded once to dtype.
+// A new 0-dim CPU tensor.
 AtenTensorHandle new_scalar(double value, Dtype dtype);
 // Reads a 0-dim floating-point CPU tensor and gives up the handle.
 double take_scalar(StableIValue tensor, const char* argument);

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
+
 from .backends import BACKENDS
 
 
@@ -71,7 +73,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 def candidates() -> list[ModuleType]:
     """The available backends, in the order in which they are asked."""
-    return [forced] if forced else [backend for backend in BACKENDS.values() if backend.unavailable() is None]
+    if forced:
+        return [forced]
+    if in_transform():
+        return [BACKENDS["eager"]]
+    return [backend for backend in BACKENDS.values() if backend.unavailable() is None]
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform is active: those know torch's own ops, and not how ours write."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def native_first() -> bool:

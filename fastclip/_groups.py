@@ -48,12 +48,10 @@ def all_plain(tensors: Sequence[Tensor]) -> bool:
     return _PLAIN.issuperset(map(type, tensors))
 
 
-def subclass_in(tensors: Sequence[Tensor]) -> str | None:
-    """The name of the first type that is neither torch's own tensor nor a trace of one."""
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
-            return type(tensor).__name__
-    return None
+def odd_type(tensors: Sequence[Tensor]) -> type | None:
+    """The first type that is neither torch's own tensor nor a trace of one."""
+    odd = (type(t) for t in tensors if type(t) not in _PLAIN and type(t) not in _TRACED)
+    return next(odd, None)
 
 
 def split(tensors: Sequence[Tensor]) -> list[Part]:
@@ -82,9 +80,12 @@ def split(tensors: Sequence[Tensor]) -> list[Part]:
 
 def check_writable(tensors: Sequence[Tensor]) -> None:
     """Raises torch's errors for tensors that cannot be written in place, before any other is written."""
-    tracing = torch.compiler.is_compiling()
-    for tensor in tensors:
-        if not tracing and tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling():
+        return  # strides may be symbols; the kernels look for themselves when the graph runs
+    for i, tensor in enumerate(tensors):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise RuntimeError(f"gradient {i}: expected a floating-point or complex dtype, got {tensor.dtype}")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
             raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
         if tensor.layout == torch.strided and any(
             size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -28,37 +28,54 @@ def promoted_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return _REAL.get(dtype, dtype)
 
 
+def _check_one_device(tensors: Sequence[Tensor]) -> None:
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"fastclip: expected tensors of one device, got {sorted(map(str, devices))}")
+
+
 def _fake_norm_partial(tensors, norm_type):
+    _check_one_device(tensors)
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
 def _fake_scale_(tensors, clip_coef):
-    return None
+    _check_one_device(tensors)
 
 
 def _fake_clamp_(tensors, min, max):
-    return None
+    _check_one_device(tensors)
 
 
 def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
+    _check_one_device(grads)
     return grads[0].new_empty((), dtype=dtype or promoted_dtype(grads))
+
+
+def _check_not_inference(tensors: Sequence[Tensor]) -> None:
+    if any(map(Tensor.is_inference, tensors)):
+        raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
 
 
 def write(op: torch._ops.OpOverload, tensors: list[Tensor], *args: object, **kwargs: object) -> Tensor | None:
     """Calls an op that writes to plain tensors, below autograd: what ``op`` does, without boxing the list twice."""
     if torch.is_inference_mode_enabled():
         return op(tensors, *args, **kwargs)
+    _check_not_inference(tensors)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = op(tensors, *args, **kwargs)
     # torch bumps the versions of the tensors that its own kernels write; ours are ours to bump.
     torch.autograd.graph.increment_version(tensors)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return op(tensors, *args, **kwargs)
+    return result
 
 
 def _bump_versions(op: torch._ops.OpOverload):
     def kernel(keyset, tensors, *args, **kwargs):
-        torch.autograd.graph.increment_version(tensors)
+        _check_not_inference(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args, **kwargs)
+            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args, **kwargs)
+        torch.autograd.graph.increment_version(tensors)
+        return result
 
     return kernel
 
@@ -100,11 +117,11 @@ def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-_cpu_library, cpu_unavailable = _load_cpu_library()
+cpu_library, cpu_unavailable = _load_cpu_library()
 # The device types whose ops a compiled library has registered.
 compiled_for: frozenset[str] = frozenset() if cpu_unavailable else frozenset({"cpu"})
 
 
 def cpu_isa() -> str | None:
     """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
-    return None if _cpu_library is None else _cpu_library.fastclip_cpu_isa().decode()
+    return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()

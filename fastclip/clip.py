@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad as _torch
 from torch.utils._foreach_utils import _device_has_foreach_support
 
-from . import _dispatch, _groups, _ops
+from . import _dispatch, _groups, _ops, _plan
 from .backends import eager
 
 # Bound at import, because patch() puts fastclip's functions in their place.
@@ -66,24 +66,33 @@ def clip_grad_norm_(
     Follows :func:`torch.nn.utils.clip_grad_norm_`; the method is that of Pascanu et al. (arXiv:1211.5063).
     """
     parameters = _as_list(parameters)
-    grads = _gradients(parameters)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         _to_float(max_norm, "max_norm")
         return _norm_of_nothing(norm_dtype)
+    if plan:
+        total_norm = plan.total_norm(norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(total_norm, norm_type)
+        max_norm = _to_float(max_norm, "max_norm")
+        if plan.prepare_write():
+            plan.clip_(total_norm, max_norm)
+            return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if not error_if_nonfinite:
         max_norm = _to_float(max_norm, "max_norm")
-        if _may_be_one_call(grads):
+        if _may_be_one_call(grads, foreach):
             with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
                 return _ops.write(_ops.clip_grad_norm_, grads, max_norm, norm_type, dtype=norm_dtype)
-    if _groups.subclass_in(grads):
+    if _needs_torch(grads):
         total_norm = _torch_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
         _torch_clip_grads_with_norm_(parameters, _to_float(max_norm, "max_norm"), total_norm, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     if len(parts) == 1 and parts[0].backend.clip_grad_norm_ and not error_if_nonfinite:
         return parts[0].backend.clip_grad_norm_(grads, max_norm, norm_type, dtype=norm_dtype)
     total_norm = _total_norm(parts, norm_type)
@@ -130,17 +139,17 @@ def get_total_norm(
     _check_norm_dtype(norm_dtype)
     if not tensors:
         return _norm_of_nothing(norm_dtype)
-    if _groups.subclass_in(tensors):
+    if plan := _plan.of_tensors(tensors):
+        total_norm = plan.total_norm(norm_type)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(total_norm, norm_type)
+        return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
+    if _needs_torch(tensors):
         total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
-    total_norm = None
-    if norm_type >= 0 and _may_be_one_call(tensors):
-        with contextlib.suppress(RuntimeError):  # the list needs the closer look below
-            total_norm = _root(_ops.norm_partial(tensors, norm_type), norm_type)
-    if total_norm is None:
-        parts = _groups.split(tensors)
-        _check_foreach(parts, foreach)
-        total_norm = _total_norm(parts, norm_type)
+    parts = _groups.split(tensors)
+    _check_foreach(parts, foreach)
+    total_norm = _total_norm(parts, norm_type)
     if error_if_nonfinite:
         _raise_if_nonfinite(total_norm, norm_type)
     return total_norm.to(norm_dtype or _ops.promoted_dtype(tensors))
@@ -179,22 +188,26 @@ def clip_grads_with_norm_(
     Follows :func:`torch.nn.utils.clip_grads_with_norm_`.
     """
     parameters = _as_list(parameters, warn=False)
-    grads = _gradients(parameters)
     max_norm = _to_float(max_norm, "max_norm")
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         return
     if not isinstance(total_norm, Tensor):
         raise TypeError(f"total_norm: expected a Tensor, got {total_norm!r}")
-    if total_norm.dim() != 0 or total_norm.is_complex() or _groups.subclass_in([*grads, total_norm]):
+    if total_norm.dim() != 0 or total_norm.is_complex() or _needs_torch([*grads, total_norm]):
         _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
+    if plan and total_norm.device.type == "cpu" and plan.prepare_write():
+        plan.clip_(float(total_norm.detach()), max_norm)
+        return
     clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)
-    if _may_be_one_call(grads):
+    if _may_be_one_call(grads, foreach):
         with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
             return _ops.write(_ops.scale_, grads, clip_coef.to(grads[0].device))
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     _scale_parts(parts, clip_coef)
 
 
@@ -231,18 +244,23 @@ def clip_grad_value_(
     """
     clip_value = _to_float(clip_value, "clip_value")
     parameters = _as_list(parameters, warn=False)
-    grads = _gradients(parameters)
+    plan = _plan.of_gradients(parameters)
+    grads = (plan and plan.tensors) or _gradients(parameters)
     if not grads:
         return
-    if _may_be_one_call(grads):
+    # A plan does not see the negative bit, under which only symmetric bounds mean the same.
+    if plan and clip_value >= 0 and plan.prepare_write(clip_value):
+        plan.clamp_(clip_value)
+        return
+    if _may_be_one_call(grads, foreach):
         with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
             return _ops.write(_ops.clamp_, grads, -clip_value, clip_value)
-    if _groups.subclass_in(grads):
+    if _needs_torch(grads):
         _torch_clip_grad_value_(parameters, clip_value, foreach)
         return
+    _groups.check_writable(grads)
     parts = _groups.split(grads)
     _check_foreach(parts, foreach)
-    _groups.check_writable(grads)
     _check_clip_value(grads, clip_value)
     for part in parts:
         part.backend.clamp_(part.tensors, -clip_value, clip_value)
@@ -267,8 +285,8 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
     grads = _gradients(_as_list(parameters, warn=False))
     if not grads:
         return []
-    if subclass := _groups.subclass_in(grads):
-        reason = f"{subclass} is a tensor subclass: torch's own functions take the whole list"
+    if odd := _groups.odd_type(grads):
+        reason = f"{odd.__name__} is a tensor subclass: torch's own functions take the whole list"
         return [_groups.describe(eager, grads, reason)]
     return [_groups.describe(*part) for part in _groups.split(grads)]
 
@@ -276,6 +294,8 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
 def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
     if isinstance(parameters, Tensor):
         return [parameters]
+    if type(parameters) is list:
+        return parameters
     is_generator = isinstance(parameters, types.GeneratorType)
     parameters = list(parameters)
     if warn and is_generator and not parameters:
@@ -297,7 +317,7 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def _to_float(value: object, argument: str) -> float:
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise type(error)(f"{argument}: expected a number, got {value!r}") from error
 
@@ -315,9 +335,7 @@ def _check_foreach(parts: Sequence[_groups.Part], foreach: bool | None) -> None:
     for part in parts:
         device = part.tensors[0].device
         if foreach and not _device_has_foreach_support(device):
-            raise RuntimeError(
-                f"foreach=True was passed, but can't use the foreach API on {device.type} tensors"
-            )
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
 
 
 def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
@@ -330,11 +348,23 @@ def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
             )
 
 
-def _may_be_one_call(grads: Sequence[Tensor]) -> bool:
+def _may_be_one_call(grads: Sequence[Tensor], foreach: bool | None) -> bool:
     """Whether a single op may take the list; the op itself looks at dtypes, layouts and devices, before any write."""
     return (
-        not torch.compiler.is_compiling() and _groups.all_plain(grads) and _dispatch.has_ops(grads[0].device.type)
+        not torch.compiler.is_compiling()
+        and not _dispatch.in_transform()
+        and _groups.all_plain(grads)
+        and _dispatch.has_ops(grads[0].device.type)
+        and not (foreach and not _device_has_foreach_support(grads[0].device))
     )
+
+
+def _needs_torch(tensors: Sequence[Tensor]) -> bool:
+    """Whether the list is for torch's own functions: they know what a tensor subclass means, and what is no tensor."""
+    odd = _groups.odd_type(tensors)
+    if odd and issubclass(odd, Tensor) and _dispatch.forced not in (None, eager):
+        raise ValueError(f"use_backend({_dispatch.forced.NAME!r}): it cannot take a {odd.__name__}, a tensor subclass")
+    return odd is not None
 
 
 def _norm_of_nothing(norm_dtype: torch.dtype | None) -> Tensor:
@@ -373,8 +403,12 @@ def _root(partial: Tensor, norm_type: float) -> Tensor:
     return torch.full_like(partial, math.nan) if math.isnan(norm_type) else partial.pow(1 / norm_type)
 
 
-def _raise_if_nonfinite(total_norm: Tensor, norm_type: float) -> None:
-    if not torch.isfinite(total_norm):
+def _to_tensor(total_norm: float, dtype: torch.dtype) -> Tensor:
+    return torch.scalar_tensor(total_norm, dtype=torch.float64, device="cpu").to(dtype)
+
+
+def _raise_if_nonfinite(total_norm: Tensor | float, norm_type: float) -> None:
+    if not (torch.isfinite(total_norm) if isinstance(total_norm, Tensor) else math.isfinite(total_norm)):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from "
             "`parameters` is non-finite, so it cannot be clipped. To disable "
@@ -384,7 +418,7 @@ def _raise_if_nonfinite(total_norm: Tensor, norm_type: float) -> None:
 
 
 def _clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product."""
+    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
     return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
 
 

@@ -22,18 +22,15 @@ _PLACES = (
     (clip_grad, "_clip_grads_with_norm_", clip.clip_grads_with_norm_),
 )
 _originals: list[object] = []
+_applied: Patch | None = None
 
 
 class Patch:
     """What :func:`patch` returns: undoes that patch, once, by :meth:`undo` or at the end of a ``with`` block."""
 
-    def __init__(self, applied: bool) -> None:
-        self._applied = applied
-
     def undo(self) -> None:
-        """Restores torch's functions if this very call of :func:`patch` replaced them; otherwise does nothing."""
-        if self._applied:
-            self._applied = False
+        """Restores torch's functions if it was this patch that replaced them; otherwise does nothing."""
+        if _applied is self:
             unpatch()
 
     def __enter__(self) -> Patch:
@@ -65,12 +62,15 @@ def patch() -> Patch:
         >>> torch.nn.utils.clip_grad_norm_ is fastclip.clip_grad_norm_
         False
     """
-    if _originals:
-        return Patch(applied=False)
+    global _applied
+    handle = Patch()
+    if _applied:
+        return handle
+    _applied = handle
     for module, name, function in _PLACES:
         _originals.append(getattr(module, name))
         setattr(module, name, function)
-    return Patch(applied=True)
+    return handle
 
 
 def unpatch() -> None:
@@ -81,6 +81,8 @@ def unpatch() -> None:
         >>> handle = fastclip.patch()
         >>> fastclip.unpatch()
     """
+    global _applied
+    _applied = None
     for (module, name, _), original in zip(_PLACES, _originals, strict=False):
         setattr(module, name, original)
     _originals.clear()

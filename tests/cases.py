@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +27,26 @@ class Case(NamedTuple):
     readonly: bool = False
 
     def make(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        return self.build(dtype, torch.Generator().manual_seed(1234))
+        """Return fresh tensors; those that share storage do so in every copy."""
+        return clone(_master(self, dtype))
+
+
+@functools.cache
+def _master(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    return case.build(dtype, torch.Generator().manual_seed(1234))
+
+
+def clone(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy whole storages, guard bands included, and take the same views of them."""
+    storages: dict[tuple, torch.Tensor] = {}
+    same: dict[int, torch.Tensor] = {}
+    for t in tensors:
+        key = t.untyped_storage().data_ptr(), t.dtype
+        if key not in storages:
+            storages[key] = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+        if id(t) not in same:
+            same[id(t)] = storages[key].as_strided(t.shape, t.stride(), t.storage_offset())
+    return [same[id(t)] for t in tensors]
 
 
 CASES: list[Case] = []
@@ -116,7 +136,10 @@ def step_two(dtype, gen):
 
 @case("channels_last, as convolution gradients are")
 def channels_last(dtype, gen):
-    return [random(gen, dtype, 4, 6, 5, 3).permute(0, 3, 1, 2), random(gen, dtype, 3, 2, 2, 2, 2).permute(0, 4, 1, 2, 3)]
+    return [
+        random(gen, dtype, 4, 6, 5, 3).permute(0, 3, 1, 2),
+        random(gen, dtype, 3, 2, 2, 2, 2).permute(0, 4, 1, 2, 3),
+    ]
 
 
 @case("permuted 3-D, dense and with holes, more than one inner run")
@@ -132,7 +155,11 @@ def strided_chunks(dtype, gen):
 @case("strides of dimensions of size 1 mean nothing, even 0")
 def size_one_strides(dtype, gen):
     column = random(gen, dtype, 9)
-    return [column.as_strided((9, 1), (1, 0)), random(gen, dtype, 1).expand(1), random(gen, dtype, 6)[2:3].as_strided((1, 1), (7, 99))]
+    return [
+        column.as_strided((9, 1), (1, 0)),
+        random(gen, dtype, 1).expand(1),
+        random(gen, dtype, 6)[2:3].as_strided((1, 1), (7, 99)),
+    ]
 
 
 @case("expanded: stride 0, may be read but not written", readonly=True)
@@ -143,7 +170,13 @@ def expanded(dtype, gen):
 @case("empty tensors first, between and last; a kernel that counts launches loses its neighbours")
 def with_empties(dtype, gen):
     empty = torch.empty(0, dtype=dtype)
-    return [empty, random(gen, dtype, 5), random(gen, dtype, 3, 0, 2), random(gen, dtype, 66), torch.empty(0, 4, dtype=dtype)]
+    return [
+        empty,
+        random(gen, dtype, 5),
+        random(gen, dtype, 3, 0, 2),
+        random(gen, dtype, 66),
+        torch.empty(0, 4, dtype=dtype),
+    ]
 
 
 @case("nothing but empty tensors")
@@ -156,9 +189,13 @@ def all_zero(dtype, gen):
     return [place(torch.zeros(40, dtype=dtype)), place(torch.tensor([0.0, -0.0], dtype=dtype))]
 
 
-@case("hundreds of tiny tensors, more than one launch or table of any implementation")
+@case("hundreds of tiny tensors, more than one launch or table of any implementation; NaN in between")
 def many_tiny(dtype, gen):
-    return [random(gen, dtype, 1 + i % 9, offset=i % 3) for i in range(700)]
+    base = torch.full((5_000,), math.nan, dtype=dtype)
+    grads = [base[12 * i + i % 3 :][: 1 + i % 9] for i in range(400)]
+    for grad in grads:
+        grad.copy_(torch.randn(grad.shape, dtype=torch.float64, generator=gen))
+    return grads
 
 
 @case("every float dtype in one list, each with its own opmath", dtypes=(torch.float32,))
@@ -213,18 +250,27 @@ def huger(dtype, gen):
 
 @case("values whose squares underflow float32", dtypes=(torch.float32, torch.bfloat16))
 def small(dtype, gen):
-    return [place((torch.randn(70, generator=gen) * 1e-25).to(dtype)), place((torch.randn(7, generator=gen) * 1e-24).to(dtype))]
+    return [
+        place((torch.randn(70, generator=gen) * 1e-25).to(dtype)),
+        place((torch.randn(7, generator=gen) * 1e-24).to(dtype)),
+    ]
 
 
 @case("subnormals, products included: nothing is flushed to zero", dtypes=(torch.float32, *LOW))
 def subnormal(dtype, gen):
     tiny = torch.finfo(dtype).smallest_normal
-    return [place((torch.randn(90, dtype=torch.float64, generator=gen) * 0.3 * tiny).to(dtype)), place(torch.full((5,), tiny, dtype=dtype))]
+    return [
+        place((torch.randn(90, dtype=torch.float64, generator=gen) * 0.3 * tiny).to(dtype)),
+        place(torch.full((5,), tiny, dtype=dtype)),
+    ]
 
 
 @case("fp16 close to its largest number: the norm does not fit, the gradients do", dtypes=(torch.float16,))
 def half_near_max(dtype, gen):
-    return [place(torch.tensor([65504.0, -65504.0, 60000.0, 1.0, 0.5], dtype=dtype)), place(torch.full((40,), 3e4, dtype=dtype))]
+    return [
+        place(torch.tensor([65504.0, -65504.0, 60000.0, 1.0, 0.5], dtype=dtype)),
+        place(torch.full((40,), 3e4, dtype=dtype)),
+    ]
 
 
 def _with(dtype, gen, special: float, n: int = 70) -> list[torch.Tensor]:

@@ -10,15 +10,16 @@ import dataclasses
 import itertools
 import math
 
-import fastclip
 import numpy as np
 import pytest
-import reference
 import torch
+from triton.runtime import interpreter
+
+import fastclip
+import reference
 from cases import CASES, parameters, random
 from fastclip.backends import triton_
 from test_ops import check_compiled
-from triton.runtime import interpreter
 
 OTHER_ORDERS = [p for p in reference.NORM_TYPES if triton_.norm_kind(p) == 5]
 

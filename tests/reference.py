@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def widen(tensors) -> list[torch.Tensor]:
         key = t.untyped_storage().data_ptr(), t.dtype
         if key not in storages:
             flat = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-            storages[key] = flat.to(torch.complex128 if t.is_complex() else torch.float64)
+            storages[key] = flat.to(torch.complex128 if t.is_complex() else torch.float64, copy=True)
         wide.append(storages[key].as_strided(t.shape, t.stride(), t.storage_offset()))
     return wide
 
@@ -151,23 +152,57 @@ def assert_norm(actual: torch.Tensor, expected: float, dtype: torch.dtype | None
         assert abs(value - expected) <= bound, f"{value!r} is not {expected!r} within {bound:.3g}"
 
 
+def _flat(tensors) -> torch.Tensor:
+    """Return all elements in one row; complex ones as their parts."""
+    return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).reshape(-1) for t in tensors])
+
+
+def _by_dtype(actual) -> list[list[int]]:
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, t in enumerate(actual):
+        groups.setdefault(t.dtype, []).append(i)
+    return list(groups.values())
+
+
 def assert_grads(actual, expected, times=None) -> None:
     """Check gradients against float64 ones; `times` says how often each element was rounded (default once)."""
-    for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
-        row = tolerance(got.dtype)
-        got = torch.view_as_real(got).double() if got.is_complex() else got.double()
-        want = torch.view_as_real(want) if want.is_complex() else want.double()
-        n = 1 if times is None else times[i]
+    assert [t.shape for t in actual] == [t.shape for t in expected]
+    for group in _by_dtype(actual):
+        row = tolerance(actual[group[0]].dtype)
+        got, want = _flat(actual[i] for i in group).double(), _flat(expected[i] for i in group).double()
+        n = 1.0
+        if times is not None:
+            n = _flat(torch.complex(times[i], times[i]) if actual[i].is_complex() else times[i] for i in group)
         same = (got == want) | (got.isnan() & want.isnan())
         close = (got - want).abs() <= n * (row.grad * want.abs() + row.absolute)
         bad = ~(same | close)
-        assert not bad.any(), f"gradient {i}: {got[bad][:4].tolist()} is not {want[bad][:4].tolist()}"
+        assert not bad.any(), f"{_where(bad, actual, group)}: {got[bad][:4].tolist()} is not {want[bad][:4].tolist()}"
 
 
 def assert_bits(actual, expected) -> None:
     """Check that tensors are equal bit by bit, NaN equal to NaN and -0.0 different from 0.0."""
-    for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
-        assert got.dtype == want.dtype, f"tensor {i}"
-        got, want = (torch.view_as_real(t) if t.is_complex() else t for t in (got.detach(), want.detach()))
-        same = ((got == want) & (torch.signbit(got) == torch.signbit(want))) | (got.isnan() & want.isnan())
-        assert bool(same.all()), f"tensor {i}: {got[~same][:4].tolist()} is not {want[~same][:4].tolist()}"
+    assert [(t.shape, t.dtype) for t in actual] == [(t.shape, t.dtype) for t in expected]
+    for group in _by_dtype(actual):
+        got, want = _flat(actual[i].detach() for i in group), _flat(expected[i].detach() for i in group)
+        bad = ~(((got == want) & (torch.signbit(got) == torch.signbit(want))) | (got.isnan() & want.isnan()))
+        assert not bad.any(), f"{_where(bad, actual, group)}: {got[bad][:4].tolist()} is not {want[bad][:4].tolist()}"
+
+
+def _where(bad: torch.Tensor, tensors, group: list[int]) -> str:
+    """Name the first tensor with a bad element."""
+    at = int(bad.nonzero()[0])
+    for i in group:
+        size = tensors[i].numel() * (2 if tensors[i].is_complex() else 1)
+        if at < size:
+            return f"tensor {i} of {len(tensors)}, {tensors[i].dtype}, element {at}, {int(bad.sum())} bad in all"
+        at -= size
+    return ""
+
+
+@contextlib.contextmanager
+def during(*what):
+    """Say in a failure which turn of a loop it was."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None

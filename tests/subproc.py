@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,11 @@ def _child(pipe, env: dict[str, str], target: str, args: tuple, stderr: str) -> 
         os.dup2(file.fileno(), 2)
     module, name = target.split(":")
     try:
-        pipe.send((getattr(importlib.import_module(module), name)(*args), ""))
+        result = getattr(importlib.import_module(module), name)(*args), ""
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        result = None, traceback.format_exc()
+    # Plain pickle copies a tensor; multiprocessing's own would lend its memory, which ends with this process.
+    pipe.send_bytes(pickle.dumps(result))
 
 
 def call(target: str, *args, env: dict[str, str] | None = None) -> Result:
@@ -55,7 +58,7 @@ def call(target: str, *args, env: dict[str, str] | None = None) -> Result:
         sender.close()
         value, error = None, ""
         with contextlib.suppress(EOFError):
-            value, error = receiver.recv()
+            value, error = pickle.loads(receiver.recv_bytes())
         process.join()
         if process.exitcode and not error:
             error = f"exit code {process.exitcode}"

@@ -108,6 +108,15 @@ def test_red_gate_prints_no_time(regime, function, message, monkeypatch, tmp_pat
     assert not any(character.isdigit() for character in line.split("RED")[0])
 
 
+def test_chart_of_nothing_but_red_rows_is_empty(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    broken = Provider("fastclip broken", SimpleNamespace(clip_grad_value_=_raise))
+    monkeypatch.setattr(providers, "available", lambda: [broken])
+    path = tmp_path / "chart.png"
+    assert main([*ONE_ROUND_EACH, "--regime", "value-clip", "--plot", str(path)]) == 1
+    assert path.exists()
+
+
 def test_regimes_hold_for_every_call():
     """Restored gradients are over the bound in the clipping regimes and untouched by torch in the others."""
     gradients = Gradients(cases()["lstm"], CPU)

@@ -29,8 +29,7 @@ def lists() -> dict[str, list[torch.Tensor]]:
         "plain": [torch.randn(5), torch.randn(3, 4)],
         "mixed dtypes": [torch.randn(5, dtype=d) for d in reference.FLOATS],
         "strided": [torch.randn(6, 4).t(), torch.randn(9)[::2], torch.randn(())],
-        "requires grad": [torch.randn(5, requires_grad=True) * 2, torch.randn(3, requires_grad=True) + 1],
-        "leaves": [torch.randn(5, requires_grad=True)],
+        "requires grad": [torch.randn(5, requires_grad=True), torch.randn(3, requires_grad=True)],
     }
 
 
@@ -60,9 +59,7 @@ def test_opcheck(native, name, kind):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_fake_matches_the_kernel(native, name):
-    for kind, tensors in lists().items():
-        if kind == "leaves":
-            continue
+    for tensors in lists().values():
         for rest, options in arguments(name):
             real = getattr(OPS, name)([t.detach().clone() for t in tensors], *rest, **options)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -209,7 +206,11 @@ def test_inference_mode(backend, clip, fence):
 def test_inside_no_grad_and_backward_hooks(backend):
     """Clipping from a post-accumulate hook, in the middle of a backward, on autograd's own thread."""
     weight = torch.tensor([3.0, 4.0], requires_grad=True)
-    weight.register_post_accumulate_grad_hook(lambda p: fastclip.clip_grad_norm_([p], 1.0))
+
+    def hook(parameter):
+        fastclip.clip_grad_norm_([parameter], 1.0)
+
+    weight.register_post_accumulate_grad_hook(hook)
     (weight * weight / 2).sum().backward()
     torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))
 
@@ -224,7 +225,9 @@ def test_fake_tensor_mode_runs_no_kernel(backend):
         assert norm.dtype == torch.float64
         fastclip.clip_grad_value_(made, 1.0)
         fastclip.clip_grads_with_norm_(made, 1.0, norm)
-        assert fastclip.get_total_norm([p.grad for p in made], math.inf, norm_dtype=torch.float32).dtype == torch.float32
+        assert (
+            fastclip.get_total_norm([p.grad for p in made], math.inf, norm_dtype=torch.float32).dtype == torch.float32
+        )
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
@@ -241,7 +244,9 @@ def test_make_fx(backend, mode):
 
 
 def test_functionalize_reads(backend):
-    norm = torch.func.functionalize(lambda a, b: fastclip.get_total_norm([a, b]))(torch.tensor([3.0]), torch.tensor(4.0))
+    norm = torch.func.functionalize(lambda a, b: fastclip.get_total_norm([a, b]))(
+        torch.tensor([3.0]), torch.tensor(4.0)
+    )
     assert norm.item() == 5
 
 

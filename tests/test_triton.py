@@ -6,11 +6,12 @@ import importlib.util
 import math
 import struct
 
-import fastclip
 import pytest
+import torch
+
+import fastclip
 import reference
 import subproc
-import torch
 from fastclip.backends import triton_
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 
-import fastclip
 import pytest
-import reference
 import torch
+
+import fastclip
+import reference
 from cases import CASES, parameters
 
 pytestmark = [

@@ -15,9 +15,10 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 import triton.language as tl
-from fastclip.backends import triton_
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fastclip.backends import triton_
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

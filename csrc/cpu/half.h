@@ -1,4 +1,5 @@
-// bfloat16 and float16 as bits, and their exact conversions; internal linkage, because files of several ISAs include it.
+// bfloat16 and float16 as bits, and their exact conversions; internal linkage, because files of several ISAs include
+// it.
 #pragma once
 
 #include <cstdint>

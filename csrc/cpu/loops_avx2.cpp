@@ -20,6 +20,7 @@ struct Avx2 {
     return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
   }
   static void store(double* lanes, __m256d x) { _mm256_storeu_pd(lanes, x); }
+  static __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
   static __m256d add_abs(__m256d sum, __m256d x) {
     return _mm256_add_pd(sum, _mm256_andnot_pd(_mm256_set1_pd(-0.0), x));
   }
@@ -53,6 +54,16 @@ struct Avx2 {
   }
   static void store_opmath(float16* out, __m256 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class Register>
+  static void store_exact(T* out, Register x) {
+    store_opmath(out, x);
+  }
+  static void store_exact(bfloat16* out, __m256 x) {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
   }
   static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
   static __m256d broadcast(double x) { return _mm256_set1_pd(x); }

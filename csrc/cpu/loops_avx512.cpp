@@ -25,6 +25,7 @@ struct Avx512 {
     return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
   }
   static void store(double* lanes, __m512d x) { _mm512_storeu_pd(lanes, x); }
+  static __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
   static __m512d add_abs(__m512d sum, __m512d x) { return _mm512_add_pd(sum, _mm512_abs_pd(x)); }
   static __m512d add_square(__m512d sum, __m512d x, const double*) { return _mm512_add_pd(sum, _mm512_mul_pd(x, x)); }
   template <class T>
@@ -55,6 +56,15 @@ struct Avx512 {
   }
   static void store_opmath(float16* out, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class Register>
+  static void store_exact(T* out, Register x) {
+    store_opmath(out, x);
+  }
+  static void store_exact(bfloat16* out, __m512 x) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(high));
   }
   static __m512 broadcast(float x) { return _mm512_set1_ps(x); }
   static __m512d broadcast(double x) { return _mm512_set1_pd(x); }

@@ -16,6 +16,14 @@ namespace {
 
 constexpr int kLanes = 32;
 
+// Asks for the n elements that come 1 KiB after x: the hardware's own prefetch stops at every page.
+template <class T>
+inline void prefetch(const T* x, int n) {
+  constexpr int kDistance = 1024, kLine = 64;
+  for (int byte = 0; byte < n * static_cast<int>(sizeof(T)); byte += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + kDistance + byte);
+}
+
 template <class T>
 using opmath_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -30,6 +38,7 @@ struct Scalar {
     return to_double(*x);
   }
   static void store(double* lanes, double x) { *lanes = x; }
+  static double add(double a, double b) { return a + b; }
   static double add_abs(double sum, double x) { return sum + (x < 0 ? -x : x); }
   template <class T>
   static double add_square(double sum, double x, const T*) {
@@ -47,6 +56,11 @@ struct Scalar {
   template <class T>
   static void store_opmath(T* out, float x) {
     from_float(x, out);
+  }
+  // For a value that the dtype holds: no rounding.
+  template <class T, class A>
+  static void store_exact(T* out, A x) {
+    store_opmath(out, x);
   }
   template <class A>
   static A broadcast(A x) {
@@ -92,15 +106,21 @@ double norm_sum(const void* data, int64_t n) {
       sums[r] = Step::template step<V>(sums[r], V::load(block + r * V::kDoubles), block);
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add_block(x + i);
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(x + i, kLanes);
+    add_block(x + i);
+  }
   if (i < n) {  // the tail, padded with zeros, which add nothing
     T tail[kLanes] = {};
     std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(T));
     add_block(tail);
   }
-  double lanes[kLanes];
-  for (int r = 0; r < kRegisters; ++r) V::store(lanes + r * V::kDoubles, sums[r]);
-  for (int width = kLanes / 2; width > 0; width /= 2)
+  // lanes[i] += lanes[i + width], halving width: whole registers while it is a multiple of theirs, then single lanes.
+  for (int width = kRegisters / 2; width > 0; width /= 2)
+    for (int r = 0; r < width; ++r) sums[r] = V::add(sums[r], sums[r + width]);
+  double lanes[V::kDoubles];
+  V::store(lanes, sums[0]);
+  for (int width = V::kDoubles / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   return lanes[0];
 }
@@ -151,8 +171,10 @@ void scale(void* data, int64_t n, double coef) {
   const auto c = static_cast<opmath_t<T>>(coef);
   const auto c_wide = V::broadcast(c);
   int64_t i = 0;
-  for (; i + V::template width<T> <= n; i += V::template width<T>)
+  for (; i + V::template width<T> <= n; i += V::template width<T>) {
+    prefetch(x + i, V::template width<T>);
     V::store_opmath(x + i, V::mul(V::load_opmath(x + i), c_wide));
+  }
   for (; i < n; ++i) Scalar::store_opmath(x + i, Scalar::mul(Scalar::load_opmath(x + i), c));
 }
 
@@ -162,20 +184,32 @@ bool clamp_register(T* x, Register lo, Register hi) {
   const auto before = V::load_opmath(x);
   const auto after = V::clamp(before, lo, hi);
   if (!V::differ(before, after)) return false;
-  V::store_opmath(x, after);
+  V::store_exact(x, after);
   return true;
 }
 
 template <class V, class T>
 bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
+  constexpr int64_t kBlock = 256;
   T* x = static_cast<T*>(data);
   const auto lo = static_cast<opmath_t<T>>(lo_wide), hi = static_cast<opmath_t<T>>(hi_wide);
   const auto lo_register = V::broadcast(lo), hi_register = V::broadcast(hi);
+  // A block whose magnitudes are all within the nearer bound has nothing to change; integers find out fastest.
+  const bool around_zero = lo <= 0 && hi >= 0;
+  T nearer{};
+  Scalar::store_opmath(&nearer, -lo < hi ? -lo : hi);
   bool changed = false;
-  int64_t i = 0;
-  for (; i + V::template width<T> <= n; i += V::template width<T>)
-    changed |= clamp_register<V>(x + i, lo_register, hi_register);
-  for (; i < n; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    prefetch(x + begin, kBlock);
+    magnitude_t<T> largest = 0;
+    for (int64_t i = begin; i < end; ++i) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
+    if (around_zero && largest <= magnitude(nearer)) continue;
+    int64_t i = begin;
+    for (; i + V::template width<T> <= end; i += V::template width<T>)
+      changed |= clamp_register<V>(x + i, lo_register, hi_register);
+    for (; i < end; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
+  }
   return changed;
 }
 

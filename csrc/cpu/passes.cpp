@@ -60,6 +60,14 @@ std::vector<const TensorView*> select_all(const std::vector<TensorView>& tensors
   return select(tensors, [](const TensorView&) { return true; });
 }
 
+// The next tensor is somewhere else in memory, where no hardware prefetch looks: asks for its first lines.
+void prefetch(const Chunk& chunk) {
+  constexpr int64_t kBytes = 1024, kLine = 64;
+  const int64_t size = element_size(chunk.tensor->dtype);
+  const char* data = chunk.tensor->data + chunk.begin * size;
+  for (int64_t byte = 0; byte < std::min(kBytes, chunk.count * size); byte += kLine) __builtin_prefetch(data + byte);
+}
+
 enum class Order { kForward, kBackward };
 
 // Calls body(index of chunk) for every chunk, on torch's threads, each of which gets neighbours of about equal cost.
@@ -78,10 +86,18 @@ void for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
       return std::lower_bound(chunks.begin(), chunks.end(), cost, before) - chunks.begin();
     };
     const auto first = index_at(cost_begin), last = index_at(cost_end);
-    if (c.order == Order::kForward)
-      for (auto i = first; i < last; ++i) c.body(i);
-    else
-      for (auto i = last; i-- > first;) c.body(i);
+    const auto& chunks = c.table.chunks;
+    if (c.order == Order::kForward) {
+      for (auto i = first; i < last; ++i) {
+        if (i + 1 < last) prefetch(chunks[i + 1]);
+        c.body(i);
+      }
+    } else {
+      for (auto i = last; i-- > first;) {
+        if (i > first) prefetch(chunks[i - 1]);
+        c.body(i);
+      }
+    }
   };
   if (table.cost <= kGrain)
     run(0, table.cost, &context);
@@ -173,19 +189,7 @@ void write(const std::vector<const TensorView*>& tensors, const Body& body) {
     run(ChunkTable(tensors));
 }
 
-// As torch refuses a Python number that its dtype cannot hold.
 double round_to(Dtype dtype, double bound) {
-  static constexpr struct {
-    double max;
-    const char* name;
-  } kDtypes[kNumDtypes] = {{0x1.fffffep127, "float32"},
-                           {std::numeric_limits<double>::max(), "float64"},
-                           {0x1.fep127, "bfloat16"},
-                           {65504.0, "float16"}};
-  const auto& limits = kDtypes[static_cast<int>(dtype)];
-  if (std::isfinite(bound) && std::fabs(bound) > limits.max)
-    throw std::runtime_error("clip_value: value cannot be converted to type " + std::string(limits.name) +
-                             " without overflow: " + std::to_string(bound));
   bfloat16 b16;
   float16 f16;
   switch (dtype) {
@@ -215,8 +219,7 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
     const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
     double partial = identity(kind);
     for_each_run(table.chunks[i], [&](const char* data, int64_t count) {
-      const double run =
-          kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type) : partial_of(data, count);
+      const double run = kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type) : partial_of(data, count);
       partial = kind == NormKind::kCount ? max_nan(partial, run) : combine(kind, partial, run);
       return false;
     });
@@ -249,17 +252,23 @@ void scale(const std::vector<TensorView>& tensors, double coef) {
   });
 }
 
+void check_bound(const std::vector<TensorView>& tensors, double bound) {
+  static constexpr double kLargest[kNumDtypes] = {0x1.fffffep127, std::numeric_limits<double>::max(), 0x1.fep127,
+                                                  65504.0};
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (std::isfinite(bound) && std::fabs(bound) > kLargest[static_cast<int>(tensors[i].dtype)])
+      throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
+                               "]: value cannot be converted to its dtype without overflow: " + std::to_string(bound));
+}
+
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
-  double los[kNumDtypes] = {}, his[kNumDtypes] = {};
-  bool present[kNumDtypes] = {};
-  for (const TensorView& tensor : tensors) present[static_cast<int>(tensor.dtype)] = true;
+  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
+  double los[kNumDtypes], his[kNumDtypes];
   for (int d = 0; d < kNumDtypes; ++d) {
-    if (!present[d]) continue;
     los[d] = round_to(static_cast<Dtype>(d), lo);
     his[d] = round_to(static_cast<Dtype>(d), hi);
   }
   const Loops& isa = loops();
-  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
   write(select_all(tensors), [&](char* data, int64_t count, Dtype dtype) {
     const int d = static_cast<int>(dtype);
     return isa.clamp[d](data, count, los[d], his[d]);

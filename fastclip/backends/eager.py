@@ -40,7 +40,9 @@ def norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
 @torch.no_grad()
 def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
     for values in _dense_values(tensors):
-        values.mul_(clip_coef.to(values.real.dtype if values.is_complex() else values.dtype))
+        # A 0-dim factor is used as it is, so float32 serves float16 and bfloat16 too.
+        wide = values.dtype in (torch.float64, torch.complex128)
+        values.mul_(clip_coef if wide else clip_coef.to(torch.float32))
 
 
 @torch.no_grad()

@@ -26,6 +26,20 @@ def refuses(tensor: Tensor) -> str | None:
         return f"layout {tensor.layout}"
     if tensor.dtype not in _DTYPES:
         return f"dtype {tensor.dtype}"
-    if not torch.compiler.is_compiling() and tensor.is_neg():
+    if torch.compiler.is_compiling():
+        return None
+    if tensor.is_neg():
         return "negative bit"
+    if not tensor.is_contiguous() and _may_overlap_itself(tensor):
+        return "elements that may share memory"
     return None
+
+
+def _may_overlap_itself(tensor: Tensor) -> bool:
+    reach = 1  # one past the furthest element that the inner dimensions touch
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False

@@ -15,7 +15,7 @@ from .run import run_case
 from .timing import Plan
 
 _FULL = Plan(budget_s=6.0, least=7, most=300)
-_QUICK = Plan(budget_s=0.25, least=3, most=30)
+_QUICK = Plan(budget_s=0.15, least=3, most=30)
 
 
 def main(argv: list[str] | None = None) -> int:

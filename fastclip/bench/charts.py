@@ -1,5 +1,6 @@
 """The chart of a report: one panel per regime, one bar per case, the ratio to torch foreach."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ def ratio_chart(report: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in report["rows"] if row["provider"].startswith("fastclip") and row["ratio"] is not None]
     names = [case["name"] for case in report["cases"]]
-    regimes = {row["regime"]: row["what"] for row in rows}
+    regimes = {row["regime"]: row["what"] for row in report["rows"]}
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    left = min([0.8, *(row["ratio"] / 2.2 for row in rows)])
-    right = max([2.0, *(row["ratio"] * 2.2 for row in rows)])
+    low, high = min([0.9, *(row["ratio"] for row in rows)]), max([1.5, *(row["ratio"] for row in rows)])
+    room = (high / low) ** 0.2  # for the labels, the same on both sides of a log axis
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50] if high / low < 100 else [0.01, 0.1, 1, 10, 100, 1000]
     height = 0.8 / max(len(providers), 1)
 
     figure = Figure(figsize=(max(3.1 * len(regimes), 6) + 1.5, 0.5 * len(names) + 2.2), layout="constrained")
@@ -32,8 +34,8 @@ def ratio_chart(report: dict[str, Any], path: Path) -> None:
             axes.bar_label(bars, [f"{ratio:.2f}" for ratio in mine.values()], padding=3, fontsize=8)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.set_xlim(left, right)
-        axes.xaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]))
+        axes.set_xlim(low / room, high * room)
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.set_yticks(range(len(names)), names)
@@ -42,7 +44,7 @@ def ratio_chart(report: dict[str, Any], path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     figure.suptitle("fastclip against torch foreach: how many times as fast (1 = the same, log axis)")
-    figure.supxlabel(conditions_line(report["conditions"]), fontsize=7)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), fontsize=8, frameon=False)
+    columns = int(17 * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(conditions_line(report["conditions"]), columns), fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)

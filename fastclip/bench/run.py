@@ -1,5 +1,6 @@
 """One case through all regimes: the gate first, then the times of who passed it, as rows."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,10 @@ def run_case(
     """
     gradients = Gradients(case, device)
     scratch = torch.zeros(_COLD_BYTES // 4, device=device) if cold else None
+    gc.collect()
     rows = []
     for regime in regimes:
         checks = [(provider, *_check(provider, regime, gradients)) for provider in providers]
-        gradients.restore()
         entries = [
             Entry(p.name, p.call(regime, gradients), _prepare(regime, gradients, scratch), p.scope)
             for p, _, red in checks
@@ -36,6 +37,8 @@ def run_case(
         ]
         entries.append(Entry(READ, gradients.read_flat, scratch.sum if cold else gradients.read_flat))
         times = measure(entries, plan, device)
+        if regime.writes:
+            gradients.restore()
         rows.append(_row(case, regime, READ, times, None, ""))
         for p, error, red in checks:
             rows.append(_row(case, regime, p.name, times, error, red or ("ok" if p.gated else "")))
@@ -43,15 +46,22 @@ def run_case(
 
 
 def _check(provider: Provider, regime: Regime, gradients: Gradients) -> tuple[float | None, str | None]:
-    """The norm error of one call, which is also the warm-up, and what is wrong with it; torch is not judged."""
-    gradients.restore()
+    """The norm error of one call, which is also the warm-up, and what is wrong with it; torch is not judged.
+
+    Finds the gradients as saved and leaves them so.
+    """
+    error = red = None
     try:
         with provider.scope():
             returned = provider.call(regime, gradients)()
-    except Exception as error:  # whatever a provider raises is its red check, the others go on
-        return None, f"raised {type(error).__name__}: {error}"
-    error = gradients.norm_error(returned) if regime.returns_norm and returned is not None else None
-    return error, gradients.differences(regime, returned) if provider.gated else None
+        if regime.returns_norm and returned is not None:
+            error = gradients.norm_error(returned)
+        red = gradients.differences(regime, returned) if provider.gated else None
+    except Exception as raised:  # whatever a provider raises is its red check, the others go on
+        red = f"raised {type(raised).__name__}: {raised}"
+    if regime.writes or red:
+        gradients.restore()
+    return error, red
 
 
 def _prepare(regime: Regime, gradients: Gradients, scratch: torch.Tensor | None) -> Callable[[], object]:

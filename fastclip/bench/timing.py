@@ -38,7 +38,6 @@ def measure(entries: list[Entry], plan: Plan, device: torch.device) -> dict[str,
     """
     order, shuffle = list(entries), random.Random(0).shuffle
     samples: dict[str, list[float]] = {entry.name: [] for entry in entries}
-    gc.collect()
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0

@@ -10,7 +10,6 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <tuple>
 #include <vector>
 
 #include "../../csrc/abi.h"
@@ -112,24 +111,12 @@ AOTITorchError aoti_torch_get_dim(AtenTensorHandle handle, int64_t* out) {
   *out = static_cast<int64_t>(handle->tensor.sizes.size());
   return fake::status();
 }
-AOTITorchError aoti_torch_get_numel(AtenTensorHandle handle, int64_t* out) {
-  *out = handle->tensor.numel();
-  return fake::status();
-}
 AOTITorchError aoti_torch_get_sizes(AtenTensorHandle handle, int64_t** out) {
   *out = handle->tensor.sizes.data();
   return fake::status();
 }
 AOTITorchError aoti_torch_get_strides(AtenTensorHandle handle, int64_t** out) {
   *out = handle->tensor.strides.data();
-  return fake::status();
-}
-AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle handle, bool* out) {
-  const auto& [sizes, strides] = std::tie(handle->tensor.sizes, handle->tensor.strides);
-  int64_t expected = 1;
-  *out = true;
-  for (size_t d = sizes.size(); d-- > 0; expected *= sizes[d]) *out = *out && (sizes[d] == 1 || strides[d] == expected);
-  *out = *out || handle->tensor.numel() == 0;
   return fake::status();
 }
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle handle, int32_t* out) {

@@ -220,7 +220,7 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
   }
 }
 
-void check_all_loops() {
+[[maybe_unused]] void check_all_loops() {
   for (const Dtype dtype : kDtypes) {
     // Around one register, one block of lanes and one chunk.
     for (const int64_t n : {0, 1, 31, 32, 33, 63, 64, 65, 1000, 65535, 65536, 65537}) {
@@ -406,7 +406,7 @@ void check_refusals() {
   refuse("scale_", {list(good), fake::handle_of(vector)}, "clip_coef");
   refuse("scale_", {list(good), fake::handle_of(elsewhere)}, "clip_coef");
   refuse("clamp_", {list(expanded), number(-1), number(1)}, "tensors[1]");
-  refuse("clamp_", {list(good), number(-1e6), number(1e6)}, "float16");
+  refuse("clamp_", {list(good), number(-1e6), number(1e6)}, "overflow");
 }
 
 // Every call into torch fails once: an error, no handle lost, no crash.
@@ -457,7 +457,9 @@ int main() {
     std::fprintf(stderr, "%s\n", error);
     return std::strstr(error, "FASTCLIP_CPU_ISA") != nullptr ? 77 : 1;
   }
+#if !defined(__SANITIZE_THREAD__)  // no loop starts a thread
   check_all_loops();
+#endif
   check_lists();
   check_refusals();
   check_failing_calls();
