@@ -347,18 +347,20 @@ _KERNELS = {
     "clamp_": _clamp_,
     "clip_grad_norm_": _clip_grad_norm_,
 }
-_library = _ops.define("fastclip_triton")
-for _name, _kernel in _KERNELS.items():
-    for _key in ("CPU", "CUDA", "XPU"):
-        _library.impl(_name, _kernel, _key)
-
-norm_partial = torch.ops.fastclip_triton.norm_partial.default
-scale_ = torch.ops.fastclip_triton.scale_.default
-clamp_ = torch.ops.fastclip_triton.clamp_.default
-clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default
-
+# Without a GPU in sight nothing is defined, so that importing fastclip takes no longer.
+_BUILT_FOR_GPUS = bool(torch.version.cuda or torch.version.hip or torch.xpu._is_compiled())
+_USABLE = not _MISSING and (_INTERPRETS or _BUILT_FOR_GPUS)
 # The device types whose torch.ops.fastclip.* are Triton's: those that no compiled library serves.
-OPS = frozenset() if _MISSING or _INTERPRETS else frozenset({"cuda", "xpu"} - _ops.compiled_for)
-for _device in OPS:
+OPS = frozenset({"cuda", "xpu"} - _ops.compiled_for if _USABLE and not _INTERPRETS else ())
+
+if _USABLE:
+    _library = _ops.define("fastclip_triton")
     for _name, _kernel in _KERNELS.items():
-        _ops.library.impl(_name, _kernel, _device.upper())
+        for _device in ("cpu", "cuda", "xpu"):
+            _library.impl(_name, _kernel, _device.upper())
+        for _device in OPS:
+            _ops.library.impl(_name, _kernel, _device.upper())
+    norm_partial = torch.ops.fastclip_triton.norm_partial.default
+    scale_ = torch.ops.fastclip_triton.scale_.default
+    clamp_ = torch.ops.fastclip_triton.clamp_.default
+    clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default
