@@ -187,7 +187,8 @@ def test_absent(tmp_path):
 def test_serves_the_ops_of_devices_without_compiled_kernels(tmp_path):
     # A torch that was built for GPUs, as far as fastclip can see.
     script = (
-        "import torch; torch.version.cuda = '13.0'; import fastclip; has = torch._C._dispatch_has_kernel_for_dispatch_key;"
+        "import torch; torch.version.cuda = '13.0'; import fastclip;"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
         "print(*(has('fastclip::' + op, key) for key in ('CUDA', 'XPU') for op in "
         "('norm_partial', 'scale_', 'clamp_', 'clip_grad_norm_')))"
     )
