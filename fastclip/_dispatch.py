@@ -89,3 +89,8 @@ def native_first() -> bool:
     """Whether the compiled kernels are the first to be asked."""
     native = BACKENDS["native"]
     return forced is native or (forced is None and native.unavailable() is None)
+
+
+def has_ops(device: str) -> bool:
+    """Whether the ops of a device type are those of the backend that is asked first."""
+    return any(device in backend.OPS for backend in ([forced] if forced else BACKENDS.values()))

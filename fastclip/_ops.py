@@ -1,4 +1,4 @@
-"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the library that implements them.
+"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled library.
 
 Engines register their kernels for a device key; the compiled CPU library does so when it is loaded here.
 """
@@ -13,21 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("fastclip", "DEF")
-for _schema in (
+_SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
     "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor",
-):
-    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-
-norm_partial = torch.ops.fastclip.norm_partial.default
-scale_ = torch.ops.fastclip.scale_.default
-clamp_ = torch.ops.fastclip.clamp_.default
-clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
-
-
+)
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -43,24 +34,20 @@ def _check_one_device(tensors: Sequence[Tensor]) -> None:
         raise RuntimeError(f"fastclip: expected tensors of one device, got {sorted(map(str, devices))}")
 
 
-@torch.library.register_fake("fastclip::norm_partial", lib=_library)
-def _(tensors, norm_type):
+def _fake_norm_partial(tensors, norm_type):
     _check_one_device(tensors)
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
-@torch.library.register_fake("fastclip::scale_", lib=_library)
-def _(tensors, clip_coef):
+def _fake_scale_(tensors, clip_coef):
     _check_one_device(tensors)
 
 
-@torch.library.register_fake("fastclip::clamp_", lib=_library)
-def _(tensors, min, max):
+def _fake_clamp_(tensors, min, max):
     _check_one_device(tensors)
 
 
-@torch.library.register_fake("fastclip::clip_grad_norm_", lib=_library)
-def _(grads, max_norm, norm_type, *, dtype=None):
+def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
     _check_one_device(grads)
     return grads[0].new_empty((), dtype=dtype or promoted_dtype(grads))
 
@@ -93,11 +80,26 @@ def _bump_versions(op: torch._ops.OpOverload):
     return kernel
 
 
-for _op in (norm_partial, scale_, clamp_, clip_grad_norm_):
-    # Nothing is recorded: torch's clip functions run under no_grad.
-    _library.impl(_op, torch.library.fallthrough_kernel, "Autograd")
-for _op in (scale_, clamp_, clip_grad_norm_):
-    _library.impl(_op, _bump_versions(_op), "ADInplaceOrView", with_keyset=True)
+def define(namespace: str) -> torch.library.Library:
+    """Defines the four ops in a namespace, with all that does not depend on the engine."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in _SCHEMAS:
+        library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        name = schema.partition("(")[0]
+        op = getattr(getattr(torch.ops, namespace), name).default
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_fake_{name}"], lib=library)
+        # Nothing is recorded: torch's clip functions run under no_grad.
+        library.impl(op, torch.library.fallthrough_kernel, "Autograd")
+        if op._schema.is_mutable:
+            library.impl(op, _bump_versions(op), "ADInplaceOrView", with_keyset=True)
+    return library
+
+
+library = define("fastclip")
+norm_partial = torch.ops.fastclip.norm_partial.default
+scale_ = torch.ops.fastclip.scale_.default
+clamp_ = torch.ops.fastclip.clamp_.default
+clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
 
 
 def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
@@ -116,6 +118,8 @@ def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 cpu_library, cpu_unavailable = _load_cpu_library()
+# The device types whose ops a compiled library has registered.
+compiled_for: frozenset[str] = frozenset() if cpu_unavailable else frozenset({"cpu"})
 
 
 def cpu_isa() -> str | None:

@@ -381,8 +381,8 @@ def _may_be_one_call(grads: Sequence[Tensor], foreach: bool | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _dispatch.in_transform()
-        and _dispatch.native_first()
         and _groups.all_plain(grads)
+        and _dispatch.has_ops(grads[0].device.type)
         and not (foreach and not _device_has_foreach_support(grads[0].device))
     )
 

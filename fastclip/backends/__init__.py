@@ -1,6 +1,7 @@
 """The engines. Each is a module with the same names, takes tensors of one device, and never waits for a device.
 
 - ``NAME``, and ``unavailable() -> str | None``: the reason why it cannot run here.
+- ``OPS``: the device types whose ``torch.ops.fastclip.*`` it has registered.
 - ``refuses(tensor) -> str | None``: the reason why it cannot take this tensor.
 - ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
   tensors; the norm before its root.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import eager, native
+from . import eager, native, triton_
 
 # In order of preference; eager takes whatever the others refuse.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, eager)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, triton_, eager)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NAME = "eager"
+OPS: frozenset[str] = frozenset()
 clip_grad_norm_ = None
 _WIDENS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 

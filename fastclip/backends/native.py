@@ -8,9 +8,10 @@ from torch import Tensor
 from .. import _ops
 from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
 
-__all__ = ["NAME", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
+__all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
 NAME = "native"
+OPS = _ops.compiled_for
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

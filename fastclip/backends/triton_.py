@@ -1,0 +1,366 @@
+"""The Triton kernels: what they take, their table, and the launches. Triton itself is imported by the first call.
+
+One call copies one table to the device, from pinned memory, and launches one kernel for each dtype in the list and
+each pass over memory, and one that finishes the norm: three for gradients of one dtype, whatever their number. Devices
+without float64 (Intel Arc) are refused, because the norm is finished in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+NAME = "triton"
+# Elements for each partial, as on the CPU.
+CHUNK = 65_536
+WARPS = 4
+# Lanes of a block of work, each with a vector of 16 bytes.
+LANES = WARPS * (64 if torch.version.hip else 32)
+# Programs for each multiprocessor: 8 KB in flight each, where 16 KB hide the latency of an H100.
+PROGRAMS = 8
+_FINALIZE_BLOCK = 1024
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OPMATH = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _DTYPES}
+_WIDE = torch.float64
+
+_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed (pip install 'fastclip[triton]')"
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = ("cpu",) if _INTERPRETS else ("cuda", "xpu")
+
+
+def unavailable() -> str | None:
+    if _MISSING:
+        return _MISSING
+    if _INTERPRETS or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+
+
+def refuses(tensor: Tensor) -> str | None:
+    device = tensor.device
+    if device.type not in _DEVICES:
+        return f"no Triton kernels for {device.type} tensors"
+    if tensor.layout != torch.strided:
+        return f"layout {tensor.layout}"
+    if tensor.dtype not in _DTYPES:
+        return f"dtype {tensor.dtype}"
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return "a device without float64"
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        return "negative bit"
+    if not tensor.is_contiguous() and not _is_dense(tensor):
+        return "strides that leave holes or overlap"
+    return None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements are one run of memory in some order of the dimensions."""
+    if torch.compiler.is_compiling():
+        # Dynamo cannot read the strides of a gradient; these are the layouts that gradients have.
+        channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        return channels_last or (tensor.dim() >= 2 and tensor.mT.is_contiguous())
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size != 1:
+            if stride != reach:
+                return tensor.numel() == 0
+            reach *= size
+    return True
+
+
+# The plan: plain Python, no device.
+
+
+class Group(NamedTuple):
+    """The tensors of one dtype, for one launch."""
+
+    dtype: torch.dtype
+    offset: int  # of its words in the table
+    chunks: int
+
+
+class Plan(NamedTuple):
+    words: array  # the table, see triton_kernels.py
+    groups: list[Group]
+    slots: int
+
+
+def make_plan(
+    spans: Sequence[tuple[int, int, torch.dtype]],
+    chunk: int,
+    *,
+    norm_type: float = 2.0,
+    max_norm: float = 0.0,
+    bounds: Callable[[torch.dtype], tuple[float, float]] | None = None,
+) -> Plan:
+    """Lays out the table of a list.
+
+    Args:
+        spans: address, number of elements (not 0) and dtype of each tensor.
+        chunk: elements of a chunk.
+        norm_type, max_norm: what the norm kernels read.
+        bounds: what clamp_kernel reads, for each dtype.
+    """
+    rows: dict[torch.dtype, list[int]] = {}
+    chunks: dict[torch.dtype, int] = {}
+    slot = 0
+    for address, numel, dtype in spans:
+        before = chunks.get(dtype, 0)
+        own = -(-numel // chunk)
+        rows.setdefault(dtype, []).extend((before, address, numel, slot))
+        chunks[dtype] = before + own
+        slot += own if norm_type else 1
+    root = 1 / norm_type if norm_type else 0.0
+    words = array("q", (slot, *_bits(norm_type, root, max_norm)))
+    groups = []
+    for dtype, group_rows in rows.items():
+        groups.append(Group(dtype, len(words), chunks[dtype]))
+        numbers = bounds(dtype) if bounds else (norm_type, 0.0)
+        words.extend((len(group_rows) // 4, chunks[dtype], *_bits(*numbers)))
+        words.extend(group_rows)
+    return Plan(words, groups, slot)
+
+
+def overlap(spans: Iterable[tuple[int, int, torch.dtype]]) -> bool:
+    """Whether some element belongs to two tensors, or is listed twice."""
+    runs = [(address, address + numel * dtype.itemsize) for address, numel, dtype in spans]
+    runs.sort()
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(runs))
+
+
+def norm_kind(norm_type: float) -> int:
+    """As NormKind in csrc/clip.h."""
+    if math.isinf(norm_type):
+        return 2 if norm_type > 0 else 3
+    return {2: 0, 1: 1, 0: 4}.get(norm_type, 5)
+
+
+def _bits(*numbers: float) -> tuple[int, ...]:
+    return struct.unpack(f"={len(numbers)}q", struct.pack(f"={len(numbers)}d", *numbers))
+
+
+def _read(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    """The spans of the tensors that have elements.
+
+    Raises:
+        RuntimeError: a tensor is refused, or not on the device of the first.
+    """
+    device = tensors[0].device if tensors else None
+    spans = []
+    for i, tensor in enumerate(tensors):
+        reason = refuses(tensor)
+        if reason is None and tensor.device != device:
+            reason = f"device {tensor.device}, but tensors[0] is on {device}"
+        if reason:
+            raise RuntimeError(f"fastclip: tensors[{i}] cannot be taken by Triton: {reason}")
+        if numel := tensor.numel():
+            spans.append((tensor.data_ptr(), numel, tensor.dtype))
+    return spans
+
+
+def _in_turn(spans: list) -> list[list]:
+    """What can be written at the same time; torch writes what is listed twice, or overlaps, one after the other."""
+    return [[span] for span in spans] if overlap(spans) else [spans]
+
+
+# The launches.
+
+# Pinned memory that a graph copies from whenever it is replayed: never freed, never used twice.
+_slabs: list[Tensor] = []
+_reserve: dict[torch.device, Tensor] = {}
+
+
+def _pinned(size: int, device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        reserve = _reserve.get(device)
+        if reserve is None or reserve.numel() < size:
+            raise RuntimeError(
+                "fastclip: CUDA graph capture needs memory that only a call outside of it can set aside: warm up with "
+                "the same gradients first"
+            )
+        _reserve[device] = reserve[size:]
+        return reserve[:size]
+    if device.type == "cuda" and (device not in _reserve or _reserve[device].numel() < 4 * size):
+        _slabs.append(torch.empty(max(16 * size, 8192), dtype=torch.int64, pin_memory=True))
+        _reserve[device] = _slabs[-1]
+    return torch.empty(size, dtype=torch.int64, pin_memory=True)
+
+
+def _to_device(words: array, device: torch.device) -> Tensor:
+    table = torch.frombuffer(words, dtype=torch.int64)
+    if device.type == "cpu":
+        return table
+    pinned = _pinned(len(words), device)
+    pinned.copy_(table)
+    return pinned.to(device, non_blocking=True)
+
+
+_multiprocessors: dict[torch.device, int] = {}
+
+
+def _programs(device: torch.device, chunks: int) -> int:
+    if device not in _multiprocessors:
+        count = 1
+        if device.type != "cpu":
+            properties = torch.get_device_module(device).get_device_properties(device)
+            count = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+        _multiprocessors[device] = count
+    return min(chunks, _multiprocessors[device] * PROGRAMS)
+
+
+def _on(device: torch.device):
+    """The scope in which kernels go to a device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _launch(kernel, plan: Plan, table: Tensor, *tensors: Tensor, only=lambda dtype: True, **constants) -> None:
+    from . import triton_kernels
+
+    for group in plan.groups:
+        if only(group.dtype):
+            getattr(triton_kernels, kernel)[(_programs(table.device, group.chunks),)](
+                table[group.offset :],
+                *tensors,
+                **constants,
+                DTYPE=_element(group.dtype),
+                CHUNK=CHUNK,
+                BLOCK=LANES * 16 // group.dtype.itemsize,
+                num_warps=WARPS,
+                # A fused multiply-add would undo the exact sums.
+                enable_fp_fusion=False,
+            )
+
+
+def _element(dtype: torch.dtype):
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _launch_norm(plan: Plan, table: Tensor, norm_type: float, out: Tensor, clip_coef: Tensor | None = None) -> None:
+    """Writes the combined partial to `out`; or, with `clip_coef`, the norm to `out` and the coefficient to it."""
+    from . import triton_kernels
+
+    kind = norm_kind(norm_type)
+    new = torch.zeros if norm_type == 0 else torch.empty
+    partials = new(plan.slots, dtype=_WIDE, device=table.device)
+    _launch("norm_partial_kernel", plan, table, partials, KIND=kind)
+    triton_kernels.norm_finalize_kernel[(1,)](
+        table,
+        partials,
+        out,
+        out if clip_coef is None else clip_coef,
+        KIND=kind,
+        FUSED=clip_coef is not None,
+        BLOCK=_FINALIZE_BLOCK,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def _norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
+    spans, device = _read(tensors), tensors[0].device
+    if not spans:
+        return torch.full((), math.inf if norm_type == -math.inf else 0.0, dtype=_WIDE, device=device)
+    with _on(device):
+        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        out = torch.empty((), dtype=_WIDE, device=device)
+        _launch_norm(plan, _to_device(plan.words, device), norm_type, out)
+    return out
+
+
+def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+    spans = _read(tensors)
+    if clip_coef.dim() != 0 or not clip_coef.is_floating_point() or (spans and clip_coef.device != tensors[0].device):
+        raise RuntimeError(
+            f"fastclip: clip_coef: expected a 0-dim floating-point tensor on the device of the tensors, got one of "
+            f"{clip_coef.dim()} dimensions, {clip_coef.dtype}, on {clip_coef.device}"
+        )
+    for together in _in_turn(spans):
+        if together:
+            with _on(clip_coef.device):
+                plan = make_plan(together, CHUNK)
+                _launch("scale_kernel", plan, _to_device(plan.words, clip_coef.device), clip_coef.to(_WIDE))
+
+
+def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
+    spans = _read(tensors)
+    rounded = {dtype: (_round(min, dtype), _round(max, dtype)) for _, _, dtype in spans}
+    if not spans:
+        return
+    device = tensors[0].device
+    if math.isnan(min) or math.isnan(max):
+        return _scale_(tensors, torch.full((), math.nan, dtype=_WIDE, device=device))
+    for together in _in_turn(spans):
+        with _on(device):
+            plan = make_plan(together, CHUNK, bounds=rounded.__getitem__)
+            _launch("clamp_kernel", plan, _to_device(plan.words, device))
+
+
+def _round(bound: float, dtype: torch.dtype) -> float:
+    """As torch refuses a Python number that its dtype cannot hold."""
+    if torch.finfo(dtype).max < abs(bound) < math.inf:
+        raise RuntimeError(f"clip_value: value cannot be converted to type {dtype} without overflow: {bound}")
+    return torch.tensor(bound, dtype=_OPMATH[dtype], device="cpu").to(dtype).item()
+
+
+def _clip_grad_norm_(
+    grads: list[Tensor], max_norm: float, norm_type: float, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    spans, device = _read(grads), grads[0].device
+    dtype = dtype or _ops.promoted_dtype(grads)
+    if not spans:
+        return torch.zeros((), dtype=dtype, device=device)
+    if dtype not in _DTYPES:
+        raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+    with _on(device):
+        plan = make_plan(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
+        table = _to_device(plan.words, device)
+        out = torch.empty((), dtype=dtype, device=device)
+        clip_coef = torch.empty((), dtype=_WIDE, device=device)
+        _launch_norm(plan, table, norm_type, out, clip_coef)
+        if overlap(spans):
+            _scale_(grads, clip_coef)
+        else:
+            _launch("scale_kernel", plan, table, clip_coef)
+    return out
+
+
+# The ops: a namespace that is Triton's on every device, and fastclip's own on devices that nothing else serves.
+
+_KERNELS = {
+    "norm_partial": _norm_partial,
+    "scale_": _scale_,
+    "clamp_": _clamp_,
+    "clip_grad_norm_": _clip_grad_norm_,
+}
+# Without a GPU in sight nothing is defined, so that importing fastclip takes no longer.
+_BUILT_FOR_GPUS = bool(torch.version.cuda or torch.version.hip or torch.xpu._is_compiled())
+_USABLE = not _MISSING and (_INTERPRETS or _BUILT_FOR_GPUS)
+# The device types whose torch.ops.fastclip.* are Triton's: those that no compiled library serves.
+OPS = frozenset({"cuda", "xpu"} - _ops.compiled_for if _USABLE and not _INTERPRETS else ())
+
+if _USABLE:
+    _library = _ops.define("fastclip_triton")
+    for _name, _kernel in _KERNELS.items():
+        for _device in ("cpu", "cuda", "xpu"):
+            _library.impl(_name, _kernel, _device.upper())
+        for _device in OPS:
+            _ops.library.impl(_name, _kernel, _device.upper())
+    norm_partial = torch.ops.fastclip_triton.norm_partial.default
+    scale_ = torch.ops.fastclip_triton.scale_.default
+    clamp_ = torch.ops.fastclip_triton.clamp_.default
+    clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default

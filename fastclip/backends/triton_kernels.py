@@ -1,0 +1,422 @@
+"""The Triton kernels. Their plan is in triton_.py; their meaning is that of csrc/clip.h, whose names they share.
+
+Tensors arrive in a table of int64 words, float64 numbers as their bits, so that no scalar is specialised or narrowed::
+
+    list    slots, bits of p, bits of 1 / p, bits of max_norm
+    group   tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
+    row     chunks before it in its group, address, elements, its first slot               one for each tensor
+
+A chunk is CHUNK elements of one tensor and has one slot, in the order of the list, for its partial: results depend on
+neither the grid nor the dtypes beside them. Inside a chunk the body starts at a multiple of 16 bytes and holds whole
+vectors of 16 bytes; up to one vector of elements lies before it and one after it, the edges.
+"""
+
+# ruff: noqa: SIM300  (a constexpr is no constant to be compared with)
+
+import triton
+import triton.language as tl
+
+# As NormKind in csrc/clip.h.
+SQUARES = tl.constexpr(0)
+ABS = tl.constexpr(1)
+MAX = tl.constexpr(2)
+MIN = tl.constexpr(3)
+COUNT = tl.constexpr(4)
+POW = tl.constexpr(5)
+
+LIST_WORDS = tl.constexpr(4)
+GROUP_WORDS = tl.constexpr(4)
+ROW_WORDS = tl.constexpr(4)
+
+_VECTOR_BYTES = tl.constexpr(16)
+# What a float32 sum of squares must reach so that those below float32's range cannot matter: 65,536 errors of 2^-150
+# are 2^-44 of it.
+_LEAST_SUM_OF_SQUARES = tl.constexpr(2.0**-90)
+_INFINITY = tl.constexpr(float("inf"))
+_NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _load_float(word):
+    return tl.load(word).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _find_row(group, chunk):
+    """The last row with no more than `chunk` chunks before it."""
+    low = tl.zeros([], tl.int64)
+    high = tl.load(group)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(group + 4 + middle * 4) <= chunk:
+            low = middle
+        else:
+            high = middle
+    return group + 4 + low * 4
+
+
+@triton.jit
+def _open_chunk(row, chunk, STORAGE: tl.constexpr, CHUNK: tl.constexpr):
+    """The body of a chunk, the number of its elements, and those of the edges before and after it."""
+    SIZE: tl.constexpr = STORAGE.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = _VECTOR_BYTES // SIZE
+    begin = (chunk - tl.load(row)) * CHUNK
+    count = tl.minimum(tl.load(row + 2) - begin, CHUNK).to(tl.int32)
+    address = tl.load(row + 1) + begin * SIZE
+    head = tl.minimum(((-address & 15) // SIZE).to(tl.int32), count)
+    vectors = (count - head) // VECTOR
+    tail = count - head - vectors * VECTOR
+    # A chunk that ends inside its head has no body, so the promise of alignment is never used.
+    body = tl.multiple_of((address + head * SIZE).to(tl.pointer_type(STORAGE)), 16)
+    return body, vectors * VECTOR, head, tail
+
+
+@triton.jit
+def _edges(count, head, tail, VECTOR: tl.constexpr):
+    """Offsets from the body, and which of them exist: the first half before the body, the second after it."""
+    lane = tl.arange(0, 2 * VECTOR)
+    offset = tl.where(lane < VECTOR, lane - head, lane - VECTOR + count)
+    return offset, tl.where(lane < VECTOR, lane < head, lane - VECTOR < tail)
+
+
+@triton.jit
+def _widen(x, DTYPE: tl.constexpr):
+    """From storage to opmath. bfloat16 is the upper half of a float32."""
+    if DTYPE == tl.bfloat16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        return x.to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    """From opmath to storage, to nearest even."""
+    if DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+    elif DTYPE == tl.float16:
+        return x.to(tl.float16)
+    else:
+        return x
+
+
+@triton.jit
+def _add_exactly(sum, error, x):
+    """sum + error + x as such a pair again, without rounding `sum` away (Knuth's two-sum)."""
+    total = sum + x
+    part = total - sum
+    return total, error + ((sum - (total - part)) + (x - part))
+
+
+@triton.jit
+def _add_term(sum, error, x, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    term = tl.abs(x)
+    if KIND == 0:
+        term = x * x
+        if DTYPE == tl.float32:
+            error += tl.fma(x, x, -term)  # squares of 16-bit floats are exact
+    return _add_exactly(sum, error, term)
+
+
+@triton.jit
+def _sum_body_narrow(body, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of a body in pairs of float32, lane by lane, then over the lanes in float64."""
+    lane = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], tl.float32)
+    error = tl.zeros([BLOCK], tl.float32)
+    unrolled = count // (4 * BLOCK) * (4 * BLOCK)
+    for start in range(0, unrolled, 4 * BLOCK):
+        # Four loads in flight before the first use.
+        x0 = tl.load(body + start + lane)
+        x1 = tl.load(body + start + BLOCK + lane)
+        x2 = tl.load(body + start + 2 * BLOCK + lane)
+        x3 = tl.load(body + start + 3 * BLOCK + lane)
+        sum, error = _add_term(sum, error, _widen(x0, DTYPE), KIND, DTYPE)
+        sum, error = _add_term(sum, error, _widen(x1, DTYPE), KIND, DTYPE)
+        sum, error = _add_term(sum, error, _widen(x2, DTYPE), KIND, DTYPE)
+        sum, error = _add_term(sum, error, _widen(x3, DTYPE), KIND, DTYPE)
+    for start in range(unrolled, count, BLOCK):
+        x = tl.load(body + start + lane, mask=start + lane < count, other=0)
+        sum, error = _add_term(sum, error, _widen(x, DTYPE), KIND, DTYPE)
+    return tl.sum(sum.to(tl.float64) + error.to(tl.float64))
+
+
+@triton.jit
+def _wide_term(x, exists, p, KIND: tl.constexpr):
+    x = tl.abs(x.to(tl.float64))
+    if KIND == 0:
+        return x * x
+    elif KIND == 1:
+        return x
+    else:
+        # |x|^p; log2(0) is -inf, as it has to be.
+        return tl.where(exists, tl.exp2(p * tl.log2(x)), 0.0)
+
+
+@triton.jit
+def _sum_body_wide(body, count, p, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], tl.float64)
+    unrolled = count // (4 * BLOCK) * (4 * BLOCK)
+    if KIND == 5:
+        unrolled = 0  # bound by its arithmetic
+    for start in range(0, unrolled, 4 * BLOCK):
+        x0 = tl.load(body + start + lane)
+        x1 = tl.load(body + start + BLOCK + lane)
+        x2 = tl.load(body + start + 2 * BLOCK + lane)
+        x3 = tl.load(body + start + 3 * BLOCK + lane)
+        sum += _wide_term(_widen(x0, DTYPE), True, p, KIND)
+        sum += _wide_term(_widen(x1, DTYPE), True, p, KIND)
+        sum += _wide_term(_widen(x2, DTYPE), True, p, KIND)
+        sum += _wide_term(_widen(x3, DTYPE), True, p, KIND)
+    for start in range(unrolled, count, BLOCK):
+        exists = start + lane < count
+        x = tl.load(body + start + lane, mask=exists, other=0)
+        sum += _wide_term(_widen(x, DTYPE), exists, p, KIND)
+    return tl.sum(sum)
+
+
+@triton.jit
+def _magnitude(x, BITS: tl.constexpr):
+    """|x| as an integer: it orders as |x| does, with NaN above inf, so that a maximum keeps NaN by construction."""
+    if BITS == 16:
+        return x.to(tl.int32) & 0x7FFF
+    elif BITS == 32:
+        return x & 0x7FFFFFFF
+    else:
+        return x & 0x7FFFFFFFFFFFFFFF
+
+
+@triton.jit
+def _magnitude_to_float(magnitude, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        return (magnitude << 16).to(tl.float32, bitcast=True).to(tl.float64)
+    elif DTYPE == tl.float16:
+        return magnitude.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float64)
+    else:
+        return magnitude.to(DTYPE, bitcast=True).to(tl.float64)
+
+
+@triton.jit
+def _extremes(body, count, head, tail, KIND: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest magnitude of a chunk, and the smallest where the minimum is asked for."""
+    NONE: tl.constexpr = 0x7FFF if BITS == 16 else (0x7FFFFFFF if BITS == 32 else 0x7FFFFFFFFFFFFFFF)
+    MAGNITUDE: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    lane = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], MAGNITUDE)
+    smallest = tl.full([BLOCK], NONE, MAGNITUDE)
+    unrolled = count // (4 * BLOCK) * (4 * BLOCK)
+    for start in range(0, unrolled, 4 * BLOCK):
+        x0 = _magnitude(tl.load(body + start + lane), BITS)
+        x1 = _magnitude(tl.load(body + start + BLOCK + lane), BITS)
+        x2 = _magnitude(tl.load(body + start + 2 * BLOCK + lane), BITS)
+        x3 = _magnitude(tl.load(body + start + 3 * BLOCK + lane), BITS)
+        largest = tl.maximum(largest, tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)))
+        if KIND == 3:
+            smallest = tl.minimum(smallest, tl.minimum(tl.minimum(x0, x1), tl.minimum(x2, x3)))
+    for start in range(unrolled, count, BLOCK):
+        exists = start + lane < count
+        x = _magnitude(tl.load(body + start + lane, mask=exists, other=0), BITS)
+        largest = tl.maximum(largest, x)
+        if KIND == 3:
+            smallest = tl.minimum(smallest, tl.where(exists, x, NONE))
+    maximum = tl.max(largest)
+    minimum = tl.min(smallest)
+    if head + tail > 0:
+        offset, exists = _edges(count, head, tail, _VECTOR_BYTES * 8 // BITS)
+        x = _magnitude(tl.load(body + offset, mask=exists, other=0), BITS)
+        maximum = tl.maximum(maximum, tl.max(x))
+        if KIND == 3:
+            minimum = tl.minimum(minimum, tl.min(tl.where(exists, x, NONE)))
+    return maximum, minimum
+
+
+@triton.jit
+def norm_partial_kernel(
+    group, partials, KIND: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One partial for each chunk of a group: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
+    chunks = tl.load(group + 1)
+    p = _load_float(group + 2)
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < chunks:
+        row = _find_row(group, chunk)
+        slot = partials + tl.load(row + 3)
+        if KIND == 2 or KIND == 3 or KIND == 4:
+            INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
+            body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+            maximum, minimum = _extremes(body, count, head, tail, KIND, BITS, BLOCK)
+            if KIND == 4:
+                # One slot for each tensor, zero before; all chunks that find something store the same 1.
+                tl.store(slot, 1.0, mask=maximum != 0)
+            else:
+                partial = _magnitude_to_float(maximum, DTYPE)
+                if KIND == 3:
+                    partial = tl.where(partial == partial, _magnitude_to_float(minimum, DTYPE), partial)
+                tl.store(slot + (chunk - tl.load(row)), partial)
+        else:
+            STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+            body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+            if KIND == 5 or DTYPE == tl.float64:
+                partial = _sum_body_wide(body, count, p, KIND, DTYPE, BLOCK)
+            else:
+                partial = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
+                least = _LEAST_SUM_OF_SQUARES if KIND == 0 else 0.0
+                if not (partial >= least and partial < _INFINITY):
+                    partial = _sum_body_wide(body, count, p, KIND, DTYPE, BLOCK)
+            if head + tail > 0:
+                offset, exists = _edges(count, head, tail, VECTOR)
+                x = tl.load(body + offset, mask=exists, other=0)
+                partial += tl.sum(_wide_term(_widen(x, DTYPE), exists, p, KIND))
+            tl.store(slot + (chunk - tl.load(row)), partial)
+        chunk += tl.num_programs(0)
+
+
+@triton.jit
+def _store_norm(out, norm):
+    """Rounds a norm once to the dtype of `out`: to odd on the way to 16 bits, so that the second rounding is exact."""
+    if out.dtype.element_ty == tl.float64:
+        tl.store(out, norm)
+    else:
+        nearest = norm.to(tl.float32)
+        if out.dtype.element_ty == tl.float32:
+            tl.store(out, nearest)
+        else:
+            bits = nearest.to(tl.int32, bitcast=True)
+            inexact = (nearest.to(tl.float64) != norm) & (nearest == nearest) & (nearest < _INFINITY)
+            step = tl.where(nearest.to(tl.float64) > norm, -1, 1)
+            odd = tl.where(inexact & ((bits & 1) == 0), bits + step, bits).to(tl.float32, bitcast=True)
+            if out.dtype.element_ty == tl.bfloat16:
+                tl.store(out.to(tl.pointer_type(tl.int16), bitcast=True), _narrow(odd, tl.bfloat16))
+            else:
+                tl.store(out, odd.to(tl.float16))
+
+
+@triton.jit
+def norm_finalize_kernel(
+    list_header, partials, out, clip_coef, KIND: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Combines the partials in the order of their slots. FUSED goes on to the root, the norm and the coefficient."""
+    slots = tl.load(list_header)
+    lane = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.int64)
+    smallest = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    start = tl.zeros([], tl.int64)
+    while start < slots:
+        exists = start + lane < slots
+        x = tl.load(partials + start + lane, mask=exists, other=0.0)
+        if KIND == 2 or KIND == 3:
+            magnitude = _magnitude(x.to(tl.int64, bitcast=True), 64)
+            largest = tl.maximum(largest, magnitude)
+            smallest = tl.minimum(smallest, tl.where(exists, magnitude, 0x7FFFFFFFFFFFFFFF))
+        else:
+            sum += x
+        start += BLOCK
+    if KIND == 2 or KIND == 3:
+        norm = tl.max(largest).to(tl.float64, bitcast=True)
+        if KIND == 3:
+            norm = tl.where(norm == norm, tl.min(smallest).to(tl.float64, bitcast=True), norm)
+    else:
+        norm = tl.sum(sum)
+    if FUSED:
+        if KIND == 0:
+            norm = tl.sqrt(norm)
+        if KIND == 5:
+            norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
+        # torch's order: reciprocal, then product; the comparison lets a NaN stay.
+        coef = 1.0 / (norm + 1e-6) * _load_float(list_header + 3)
+        tl.store(clip_coef, tl.where(coef > 1.0, 1.0, coef))
+    _store_norm(out, norm)
+
+
+@triton.jit
+def _scale_block(x, coef, DTYPE: tl.constexpr):
+    return _narrow(_widen(x, DTYPE) * coef, DTYPE)
+
+
+@triton.jit
+def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic."""
+    STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+    OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
+    coef = tl.load(clip_coef).to(OPMATH)
+    if coef != 1.0:
+        chunks = tl.load(group + 1)
+        lane = tl.arange(0, BLOCK)
+        # Backwards: what the norm read last is still in cache.
+        chunk = chunks - 1 - tl.program_id(0)
+        while chunk >= 0:
+            row = _find_row(group, chunk)
+            body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+            unrolled = count // (4 * BLOCK) * (4 * BLOCK)
+            for start in range(0, unrolled, 4 * BLOCK):
+                x0 = tl.load(body + start + lane)
+                x1 = tl.load(body + start + BLOCK + lane)
+                x2 = tl.load(body + start + 2 * BLOCK + lane)
+                x3 = tl.load(body + start + 3 * BLOCK + lane)
+                tl.store(body + start + lane, _scale_block(x0, coef, DTYPE))
+                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, DTYPE))
+                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, DTYPE))
+                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, DTYPE))
+            for start in range(unrolled, count, BLOCK):
+                exists = start + lane < count
+                x = tl.load(body + start + lane, mask=exists)
+                tl.store(body + start + lane, _scale_block(x, coef, DTYPE), mask=exists)
+            if head + tail > 0:
+                offset, exists = _edges(count, head, tail, VECTOR)
+                x = tl.load(body + offset, mask=exists)
+                tl.store(body + offset, _scale_block(x, coef, DTYPE), mask=exists)
+            chunk -= tl.num_programs(0)
+
+
+@triton.jit
+def _clamp_vectors(place, x, exists, low, high, DTYPE: tl.constexpr):
+    """Stores the vectors, along the last dimension, in which clamping changes something."""
+    before = _widen(x, DTYPE)
+    after = tl.where(before < low, low, before)
+    after = tl.where(after > high, high, after)
+    differs = ((after < before) | (after > before)).to(tl.int32)
+    changed = tl.max(differs, axis=1, keep_dims=True) > 0
+    tl.store(place, _narrow(after, DTYPE), mask=exists & changed)
+
+
+@triton.jit
+def clamp_kernel(group, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x = min(max(x, low), high), which keeps NaN; writes only the vectors of 16 bytes that change."""
+    STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+    OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
+    chunks = tl.load(group + 1)
+    low = _load_float(group + 2).to(OPMATH)
+    high = _load_float(group + 3).to(OPMATH)
+    vector = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
+    lane = vector + tl.arange(0, VECTOR)[None, :]
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < chunks:
+        row = _find_row(group, chunk)
+        body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+        unrolled = count // (4 * BLOCK) * (4 * BLOCK)
+        for start in range(0, unrolled, 4 * BLOCK):
+            x0 = tl.load(body + start + lane)
+            x1 = tl.load(body + start + BLOCK + lane)
+            x2 = tl.load(body + start + 2 * BLOCK + lane)
+            x3 = tl.load(body + start + 3 * BLOCK + lane)
+            _clamp_vectors(body + start + lane, x0, True, low, high, DTYPE)
+            _clamp_vectors(body + start + BLOCK + lane, x1, True, low, high, DTYPE)
+            _clamp_vectors(body + start + 2 * BLOCK + lane, x2, True, low, high, DTYPE)
+            _clamp_vectors(body + start + 3 * BLOCK + lane, x3, True, low, high, DTYPE)
+        for start in range(unrolled, count, BLOCK):
+            x = tl.load(body + start + lane, mask=start + lane < count, other=0)
+            _clamp_vectors(body + start + lane, x, start + vector < count, low, high, DTYPE)
+        if head + tail > 0:
+            offset, exists = _edges(count, head, tail, VECTOR)
+            x = tl.load(body + offset[:, None], mask=exists[:, None], other=0)
+            _clamp_vectors(body + offset[:, None], x, exists[:, None], low, high, DTYPE)
+        chunk += tl.num_programs(0)

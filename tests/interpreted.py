@@ -1,0 +1,195 @@
+"""What test_triton.py runs in processes of their own, under TRITON_INTERPRET=1: the kernels on CPU tensors.
+
+It proves values, offsets, masks and the plan. It proves nothing about the compiler, about speed, or about memory order
+between programs, which run one after the other here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import fastclip
+import reference
+from cases import CASES, parameters, random
+from fastclip.backends import triton_
+from test_ops import check_compiled
+
+OTHER_ORDERS = [p for p in reference.NORM_TYPES if triton_.norm_kind(p) == 5]
+
+
+def prepare(lanes: int = 2048) -> None:
+    """Make the interpreter fast enough for the whole grid: wide blocks, and no work that repeats itself.
+
+    Every call of a device function patches triton.language anew, which takes longer than the function: here each
+    module is patched once. Integers are checked for overflow in `grids` alone.
+    """
+    np.seterr(all="ignore")  # log2(0), and what follows from inf and NaN
+    triton_.LANES = lanes
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        modules = {id(value) for value in function.__globals__.values()} & {id(interpreter.tl), id(interpreter.tl.core)}
+        if not modules <= patched:
+            patched.update(modules)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+    check_overflow(False)
+
+
+def check_overflow(on: bool) -> None:
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=on)
+
+
+def taken(dtype: torch.dtype, *, readonly: bool = True):
+    """The cases of a dtype that the backend takes whole."""
+    for case in CASES:
+        if dtype in case.dtypes and (readonly or not case.readonly):
+            # Every tensor takes the interpreter 10 ms or more, and a table has no size at which it changes.
+            tensors = case.make(dtype)[:40]
+            if not any(triton_.refuses(t) for t in tensors):
+                yield case, tensors
+
+
+def norms(dtype: torch.dtype) -> int:
+    """Every case against the oracle: 2, 1, inf, -inf, 0, and one of the other orders, in turn."""
+    prepare()
+    done, others = 0, itertools.cycle(OTHER_ORDERS)
+    for case, tensors in taken(dtype):
+        for norm_type in (2.0, 1.0, math.inf, -math.inf, 0.0, next(others)):
+            expected = reference.total_norm(tensors, norm_type)
+            with fastclip.use_backend("triton"), reference_of(case, dtype, norm_type):
+                wide = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
+                reference.assert_norm(wide, expected, torch.float64)
+            done += 1
+    return done
+
+
+def clips(dtype: torch.dtype) -> int:
+    """The fused clip of every case, bit by bit, which the wide norm defines."""
+    prepare()
+    done = 0
+    for i, (case, grads) in enumerate(taken(dtype, readonly=False)):
+        norm_type = (2.0, math.inf, 3.0)[i % 3]
+        norm = reference.total_norm(grads, norm_type)
+        max_norm = norm / 3 if 0 < norm < math.inf else 0.5
+        twins = case.make(dtype)[: len(grads)]
+        with fastclip.use_backend("triton"), reference_of(case, dtype, norm_type):
+            wide = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_type, norm_dtype=torch.float64)
+            reference.assert_norm(wide, norm, torch.float64)
+            reference.scale_rounded_(twins, reference.clip_coef(wide.item(), max_norm))
+            reference.assert_bits(grads, twins)
+        done += 1
+    return done
+
+
+def rounding() -> int:
+    """The fused clip returns the wide norm rounded once, in the dtype that torch promises or that was asked for."""
+    prepare()
+    generator = torch.Generator().manual_seed(7)
+    done = 0
+    for dtype, norm_dtype in itertools.product(reference.FLOATS, (None, *reference.FLOATS)):
+        grads = [random(generator, dtype, 9), random(generator, dtype, 4)]
+        wide = reference.total_norm(grads)
+        with fastclip.use_backend("triton"):
+            norm = fastclip.clip_grad_norm_(parameters(grads), 1e9, norm_dtype=norm_dtype)
+        assert norm.dtype == (norm_dtype or dtype)
+        if norm.dtype != torch.float64:
+            assert norm.item() == float(np.float64(wide)) or norm == torch.tensor(wide, dtype=torch.float64).to(
+                norm.dtype
+            )
+        done += 1
+    return done
+
+
+def values(dtype: torch.dtype) -> int:
+    prepare()
+    done, clip_values = 0, itertools.cycle((0.5, 1e-3, 0.3, -0.5, math.inf, math.nan))
+    for case, grads in taken(dtype, readonly=False):
+        clip_value = next(clip_values)
+        expected = reference.clip_by_value(grads, clip_value)
+        with fastclip.use_backend("triton"), reference_of(case, dtype, clip_value):
+            fastclip.clip_grad_value_(parameters(grads), clip_value)
+            reference.assert_bits(grads, expected)
+        done += 1
+    return done
+
+
+def grids() -> int:
+    """The same bits for any number of programs, with chunks so small that boundaries fall everywhere."""
+    prepare(lanes=4)
+    check_overflow(True)
+    triton_.CHUNK = 128
+    done = 0
+    for dtype in reference.FLOATS:
+        results = []
+        for programs in (1, 3, 64):
+            triton_._programs = lambda device, chunks, programs=programs: min(chunks, programs)
+            generator = torch.Generator().manual_seed(3)
+            grads = [random(generator, dtype, n, offset=k) for n, k in ((1, 0), (127, 1), (257, 3))]
+            grads.append(random(generator, torch.float32, 140, offset=1))
+            expected = {p: reference.total_norm(grads, p) for p in (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0)}
+            with fastclip.use_backend("triton"):
+                norms = {p: fastclip.get_total_norm(grads, p, norm_dtype=torch.float64) for p in expected}
+                for p, norm in norms.items():
+                    reference.assert_norm(norm, expected[p], torch.float64)
+                fastclip.clip_grad_norm_(parameters(grads), 1.0)
+                fastclip.clip_grad_value_(parameters(grads), 0.05)
+            results.append([*norms.values(), *grads])
+            done += 1
+        for other in results[1:]:
+            reference.assert_bits(other, results[0])
+    return done
+
+
+def ops() -> int:
+    """What PyTorch sees: opcheck, versions, one graph; and what is refused, with nothing written."""
+    prepare()
+    tensors = [torch.randn(5), torch.randn(4, 3).t(), torch.randn(7, dtype=torch.bfloat16)]
+    half = torch.tensor(0.5, dtype=torch.float64)
+    arguments = {"norm_partial": (2.0,), "scale_": (half,), "clamp_": (-0.1, 0.1), "clip_grad_norm_": (0.1, 2.0)}
+    done = 0
+    for name, rest in arguments.items():
+        checked = torch.library.opcheck(getattr(torch.ops.fastclip_triton, name).default, (tensors, *rest))
+        assert set(checked.values()) == {"SUCCESS"}, checked
+        done += 1
+    with fastclip.use_backend("triton"):
+        check_compiled("aot_eager")
+        versions = [t._version for t in tensors]
+        fastclip.clip_grad_norm_(parameters(tensors), 1e9)
+        assert [t._version for t in tensors] == [v + 1 for v in versions]
+        strided = torch.ones(8)[::2]
+        for call in (fastclip.clip_grad_norm_, fastclip.clip_grad_value_):
+            with pytest.raises(ValueError, match="strides that leave holes"):
+                call(parameters([tensors[0], strided]), 0.1)
+        with pytest.raises(RuntimeError, match=r"tensors\[1\] cannot be taken by Triton: strides"):
+            torch.ops.fastclip_triton.scale_([tensors[0], strided], half)
+        with pytest.raises(RuntimeError, match="clip_value"):
+            fastclip.clip_grad_value_(parameters([tensors[0], torch.ones(2).half()]), 1e6)
+        assert torch.equal(strided, torch.ones(4))
+        assert [t._version for t in tensors] == [v + 1 for v in versions]
+        assert fastclip.why(parameters(tensors))[0].backend == "triton"
+    return done
+
+
+class reference_of:
+    """Names the case in what is raised."""
+
+    def __init__(self, case, *what):
+        self.what = f"{case.name} {what}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            raise AssertionError(f"{self.what}: {error!r}") from error

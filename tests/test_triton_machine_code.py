@@ -1,0 +1,149 @@
+"""The Triton kernels compiled for GPUs that are not here: wide loads and stores, spills, registers; `-s` prints all."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastclip.backends import triton_
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+SQUARES, ABS, MAX, MIN, COUNT, POW = range(6)
+# 65,536 registers for 512 threads, which is 4 programs: 32 KB in flight, twice what an H100 needs.
+MOST_REGISTERS = 128
+
+
+class Variant(NamedTuple):
+    """A kernel with its constants, and how many vector loads and stores its body has to have."""
+
+    kernel: str
+    dtype: str
+    loads: int
+    stores: int = 0
+    kind: int | None = None
+
+
+VARIANTS = [
+    *(Variant("norm_partial_kernel", dtype, 5, kind=SQUARES) for dtype in DTYPES),
+    *(Variant("norm_partial_kernel", "float32", 5, kind=kind) for kind in (ABS, MAX, MIN, COUNT)),
+    Variant("norm_partial_kernel", "bfloat16", 1, kind=POW),
+    Variant("norm_finalize_kernel", "bfloat16", 0, kind=SQUARES),
+    Variant("norm_finalize_kernel", "float32", 0, kind=MIN),
+    Variant("norm_finalize_kernel", "float32", 0, kind=POW),
+    *(Variant("scale_kernel", dtype, 5, 5) for dtype in DTYPES),
+    *(Variant("clamp_kernel", dtype, 5, 5) for dtype in DTYPES),
+]
+
+
+class Code(NamedTuple):
+    registers: int
+    spills: int
+    loads: int
+    stores: int
+    shared: int
+
+
+def compile_variant(variant: Variant, target: GPUTarget):
+    from fastclip.backends import triton_kernels
+
+    kernel = getattr(triton_kernels, variant.kernel)
+    floats = {"float32": "*fp32", "float64": "*fp64", "bfloat16": "*bf16", "float16": "*fp16"}
+    pointers = {"partials": "*fp64", "clip_coef": "*fp64", "out": floats[variant.dtype]}
+    lanes = triton_.WARPS * target.warp_size
+    constants = {
+        "DTYPE": getattr(tl, variant.dtype),
+        "KIND": variant.kind,
+        "CHUNK": triton_.CHUNK,
+        "FUSED": True,
+        "BLOCK": lanes * 16 // DTYPES[variant.dtype],
+    }
+    if variant.kernel == "norm_finalize_kernel":
+        constants["BLOCK"] = triton_._FINALIZE_BLOCK
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "*i64") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items() if n in names},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    return triton.compile(source, target=target, options={"num_warps": triton_.WARPS, "enable_fp_fusion": False})
+
+
+def nvidia(compiled, folder: Path) -> Code:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    sass = compiled.asm["sass"]
+
+    def count(pattern):
+        return len(re.findall(pattern, sass))
+
+    spilled = numbers["STACK"] + numbers["LOCAL"] + count(r"\b(LDL|STL)\b")
+    loads, stores = (count(rf"\b{op}\.E(\.[A-Z0-9_]+)*\.128\b") for op in ("LDG", "STG"))
+    return Code(numbers["REG"], spilled, loads, stores, compiled.metadata.shared)
+
+
+def amd(compiled, folder: Path) -> Code:
+    assembly = compiled.asm["amdgcn"]
+
+    def number(key):
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+
+    # Scalar registers spill to lanes of vector registers, which is no memory.
+    spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    loads, stores = (len(re.findall(rf"(global|buffer)_{op}_dwordx4", assembly)) for op in ("load", "store"))
+    return Code(number("vgpr_count"), spilled, loads, stores, compiled.metadata.shared)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_machine_code(name, tmp_path):
+    target, failures = TARGETS[name], []
+    print(f"\n{'kernel':22}{'kind':>5} {'dtype':9}{name:>8}: registers  spills  wide loads  wide stores  shared bytes")
+    for variant in VARIANTS:
+        code = (nvidia if target.backend == "cuda" else amd)(compile_variant(variant, target), tmp_path)
+        kind = "" if variant.kind is None else variant.kind
+        print(
+            f"{variant.kernel:22}{kind:>5} {variant.dtype:9}{'':8}  {code.registers:9}{code.spills:8}{code.loads:12}"
+            f"{code.stores:13}{code.shared:14}"
+        )
+        if code.spills or code.registers > MOST_REGISTERS or code.loads < variant.loads or code.stores < variant.stores:
+            failures.append(f"{variant}: {code}")
+    assert not failures, "\n".join(failures)
+
+
+def test_fused_multiply_adds_are_asked_for():
+    """A product that is fused into the sum after it would undo the exact sums: all fma are those of the source."""
+    compiled = compile_variant(Variant("norm_partial_kernel", "float32", 5, kind=SQUARES), TARGETS["sm_90"])
+    # One for each of the four unrolled blocks and the masked one.
+    assert len(re.findall(r"fma\.rn\.f32", compiled.asm["ptx"])) == 5 * 16 // DTYPES["float32"]
