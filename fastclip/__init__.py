@@ -1,4 +1,4 @@
-"""fastclip: torch's gradient clipping in as few passes over memory as the hardware allows, in place of torch.nn.utils."""
+"""fastclip: torch's gradient clipping in as few passes over memory as the hardware allows."""
 
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why

@@ -1,4 +1,4 @@
-"""The short way for plain CPU tensors (fastclip/_plan.py): when it is taken, that it leaks nothing, and that it agrees."""
+"""The short way for plain CPU tensors (fastclip/_plan.py): when it is taken, that it agrees, that it leaks nothing."""
 
 import gc
 import sys

@@ -12,7 +12,7 @@ import reference
 from cases import CASES, CHUNK, grid, parameters, place
 from test_norms import forced
 
-CLIP_VALUES = (0.5, 1e-3, 5e-8, 100.0, 0.3, 0.0, -0.5, math.inf, -math.inf, math.nan)
+CLIP_VALUES = (0.5, 5e-8, 0.3, 0.0, -0.5, math.inf, math.nan)
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
