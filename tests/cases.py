@@ -1,4 +1,4 @@
-"""Named gradient lists and why each is there; every tensor lies between guard bands of NaN."""
+"""Named gradient lists and why each is there; every tensor lies between guard bands of poison."""
 
 from __future__ import annotations
 
@@ -63,9 +63,27 @@ def case(reason: str, **options):
     return register
 
 
+_SIGNALING_NAN = {
+    torch.float32: (torch.int32, 0x7FA00000),
+    torch.float64: (torch.int64, 0x7FF4 << 48),
+    torch.bfloat16: (torch.int16, 0x7FA0),
+    torch.float16: (torch.int16, 0x7D00),
+}
+
+
+def poison(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that shows a stray read in any norm, and a stray write in its bytes, be it scaled or clamped."""
+    if dtype.is_complex:
+        return torch.view_as_complex(poison(2 * size, dtype.to_real()).view(-1, 2))
+    memory = torch.full((size,), torch.finfo(dtype).max / 2, dtype=dtype)
+    bits, signaling = _SIGNALING_NAN[dtype]  # any arithmetic makes it quiet, so that its bytes change
+    memory.view(bits)[1::2] = signaling
+    return memory
+
+
 def place(values: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return `values` as a contiguous view, `offset` elements into a base whose other elements are NaN."""
-    base = torch.full((values.numel() + 2 * GUARD + offset,), math.nan, dtype=values.dtype)
+    """Return `values` as a contiguous view, `offset` elements into poisoned memory that goes on behind it."""
+    base = poison(values.numel() + 2 * GUARD + offset, values.dtype)
     view = base[GUARD + offset :][: values.numel()].view(values.shape)
     return view.copy_(values)
 
@@ -190,9 +208,9 @@ def all_zero(dtype, gen):
     return [place(torch.zeros(40, dtype=dtype)), place(torch.tensor([0.0, -0.0], dtype=dtype))]
 
 
-@case("hundreds of tiny tensors, more than one launch or table of any implementation; NaN in between")
+@case("hundreds of tiny tensors, more than one launch or table of any implementation; poison in between")
 def many_tiny(dtype, gen):
-    base = torch.full((3_100,), math.nan, dtype=dtype)
+    base = poison(3_100, dtype)
     grads = [base[12 * i + i % 3 :][: 1 + i % 9] for i in range(250)]
     for grad in grads:
         grad.copy_(torch.randn(grad.shape, dtype=torch.float64, generator=gen))

@@ -365,8 +365,8 @@ def test_why_names_backend_and_reason():
         assert group.reason in text
     by_dtype = {dtype: group for group in groups for dtype in group.dtypes}
     assert by_dtype["complex64"].backend == "eager"
-    assert "complex" in by_dtype["complex64"].reason
     if fastclip.backends()["native"] is None:
+        assert "complex" in by_dtype["complex64"].reason
         assert by_dtype["bfloat16"].backend == "native"
 
 

@@ -12,6 +12,7 @@ import torch
 
 import reference
 import subproc
+from cases import poison
 
 CHUNK = 65_536
 # Every length up to one block of 32 lanes and a little more, then around the blocks that a loop may unroll.
@@ -44,7 +45,7 @@ def patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 def tensors(dtype: torch.dtype, values: str):
-    """Yield the grid: views at every offset of every length, in a base of NaN."""
+    """Yield the grid: views at every offset of every length, in poisoned memory."""
     generator = torch.Generator().manual_seed(77)
     special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, 1e-42, 6e-8, 3e38]).to(dtype)
     for length, offset in [(n, k) for n in LENGTHS for k in OFFSETS] + list(LARGE):
@@ -52,7 +53,7 @@ def tensors(dtype: torch.dtype, values: str):
         if values == "special" and length:
             drawn = special[torch.randint(len(special), (length,), generator=generator)]
             numbers = torch.where(torch.rand(length, generator=generator) < 0.1, drawn, numbers)
-        base = torch.full((length + offset + 40,), math.nan, dtype=dtype)
+        base = poison(length + offset + 40, dtype)
         view = base[offset : offset + length]
         yield base, view.copy_(numbers)
 
@@ -120,7 +121,7 @@ class TestScalarLoops:
 
     @pytest.mark.parametrize("values", ["plain", "special"])
     def test_scale_and_clamp(self, dtype, values):
-        """Bit by bit, the NaN around every view included."""
+        """Bit by bit, the poison around every view included."""
         grid = list(tensors(dtype, values))
         reference.scale_rounded_([view for _, view in grid], 0.37)
         reference.assert_bits([results("scalar", 1)["scale", dtype, values]], [torch.cat([b for b, _ in grid])])
