@@ -272,30 +272,33 @@ def test_gradients_in_place_of_parameters_change_nothing(backend, fence):
 
 def clip_read_only_pages() -> str:
     """In a child that a write would kill: gradients in memory mapped without write permission."""
+    import ctypes
     import mmap
 
     import numpy as np
 
-    import fastclip
+    def read_only(values):
+        memory = mmap.mmap(-1, values.nbytes)
+        shared = np.frombuffer(memory, dtype=values.dtype)
+        shared[:] = values
+        grad = torch.from_numpy(shared)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(grad.data_ptr()), ctypes.c_size_t(values.nbytes), mmap.PROT_READ):
+            raise OSError(ctypes.get_errno(), "mprotect")
+        return parameters([grad])
 
     with fastclip.use_backend("native"):
-        size = 3 * 65_536
-        memory = mmap.mmap(-1, size * 4)
-        filled = np.frombuffer(memory, dtype=np.float32)
-        filled[:] = 0.25
-        grads = [torch.from_numpy(filled), torch.from_numpy(filled[: size // 2]).bfloat16()]
-        address = grads[0].data_ptr()
-        import ctypes
-
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size * 4), 1):  # PROT_READ
-            return f"mprotect failed: {ctypes.get_errno()}"
-        made = parameters(grads[:1])
+        quarters = np.full(3 * 65_536, 0.25, dtype=np.float32)
+        made = read_only(quarters)
         fastclip.clip_grad_norm_(made, 1e9)
         fastclip.clip_grad_norm_(made, math.inf, math.inf)
         fastclip.clip_grads_with_norm_(made, 1.0, torch.tensor(0.5))
         fastclip.clip_grad_value_(made, 0.25)
         fastclip.clip_grad_value_(made, math.inf)
+        # NaN and the bound itself look as if they had to be clipped, and stay what they are.
+        quarters[::3], quarters[1::3] = math.nan, 0.5
+        for dtype in (np.float32, np.float64, np.float16):
+            fastclip.clip_grad_value_(read_only(quarters.astype(dtype)), 0.5)
     return "not written"
 
 

@@ -70,6 +70,20 @@ def test_no_clipping_changes_no_bit(backend, dtype, fence):
     assert [g._version for g in grads] == [v + 1 for v in versions]
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF - 2**32, 0x7F800001, 0x7FC00000, 0x7FFF8000])
+def test_nan_stays_nan_in_every_dtype(backend, bits):
+    """A NaN of any payload: rounded like a number, an all-ones NaN would carry over and become zero in bf16."""
+    bad = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    for dtype in reference.FLOATS:
+        grads = [torch.ones(37, dtype=dtype), bad.clone()]
+        assert fastclip.clip_grad_norm_(parameters(grads), 1.0, math.inf).isnan()
+        assert all(bool(g.isnan().all()) for g in grads), dtype
+        grads = [torch.ones(37, dtype=dtype)]
+        fastclip.clip_grads_with_norm_(parameters(grads), 1.0, bad[0])
+        assert bool(grads[0].isnan().all()), dtype
+        assert fastclip.get_total_norm([bad, grads[0]], 1.0, norm_dtype=dtype).isnan()
+
+
 @pytest.mark.parametrize("dtype", reference.FLOATS)
 def test_norm_equal_to_max_norm_still_scales(backend, dtype):
     """The epsilon is always added: a norm of exactly max_norm is scaled by 1 / (1 + 2e-7), if the dtype shows it."""

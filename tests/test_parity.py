@@ -192,6 +192,37 @@ def test_max_norm_forms(backend, max_norm):
         torch.testing.assert_close(ours.value, theirs.value, rtol=4e-7, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "clip_value",
+    ["2", " 0.5", "inf", True, 2, np.float32(0.1), np.int64(1), torch.tensor(0.5), torch.tensor([1.5]),
+     torch.tensor(0.5, requires_grad=True), 0, -1, "-1", math.inf, -math.inf, math.nan],
+    ids=lambda v: repr(v),
+)  # fmt: skip
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_clip_value_forms(backend, clip_value, foreach):
+    def call(F):
+        made = parameters([torch.tensor([-3.0, math.nan, math.inf, -math.inf, 1.0, -0.0, 0.3])])
+        assert F.clip_grad_value_(made, clip_value, foreach) is None
+        return made[0].grad
+
+    theirs, ours = same(call)
+    reference.assert_bits([ours.value], [theirs.value])
+
+
+def test_foreach_changes_no_bit(backend):
+    """As in torch, where the foreach kernels of the CPU are loops."""
+    results = []
+    for foreach in (None, True, False):
+        torch.manual_seed(3)
+        grads = [torch.randn(300), torch.randn(7, dtype=torch.float64), torch.randn(40, 50).t()]
+        norm = fastclip.clip_grad_norm_(parameters(grads), 1.0, foreach=foreach)
+        fastclip.clip_grads_with_norm_(parameters(grads), 0.5, norm, foreach)
+        fastclip.clip_grad_value_(parameters(grads), 1e-3, foreach)
+        results.append([norm, fastclip.get_total_norm(grads, foreach=foreach), *grads])
+    for other in results[1:]:
+        reference.assert_bits(other, results[0])
+
+
 def test_negative_max_norm_by_hand(backend):
     made = one()
     fastclip.clip_grad_norm_(made, -1.0)

@@ -137,11 +137,15 @@ magnitude_t<T> magnitude(const T& x) {
 
 // The compiler vectorises the integer loops for the ISA of the file.
 template <class T>
-double norm_max(const void* data, int64_t n) {
-  const T* x = static_cast<const T*>(data);
+magnitude_t<T> largest_magnitude(const T* x, int64_t n) {
   magnitude_t<T> max = 0;
   for (int64_t i = 0; i < n; ++i) max = magnitude(x[i]) > max ? magnitude(x[i]) : max;
-  return to_double(bit_cast<T>(max));
+  return max;
+}
+
+template <class T>
+double norm_max(const void* data, int64_t n) {
+  return to_double(bit_cast<T>(largest_magnitude(static_cast<const T*>(data), n)));
 }
 
 template <class T>
@@ -194,21 +198,26 @@ bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
   T* x = static_cast<T*>(data);
   const auto lo = static_cast<opmath_t<T>>(lo_wide), hi = static_cast<opmath_t<T>>(hi_wide);
   const auto lo_register = V::broadcast(lo), hi_register = V::broadcast(hi);
-  // A block whose magnitudes are all within the nearer bound has nothing to change; integers find out fastest.
-  const bool around_zero = lo <= 0 && hi >= 0;
+  // 16-bit types are slow to widen: a look at the magnitudes, as integers, finds blocks where nothing can change.
+  const bool can_look = sizeof(T) == 2 && lo <= 0 && hi >= 0;
   T nearer{};
   Scalar::store_opmath(&nearer, -lo < hi ? -lo : hi);
-  bool changed = false;
+  bool changed = false, look = can_look;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
-    prefetch(x + begin, kBlock);
-    magnitude_t<T> largest = 0;
-    for (int64_t i = begin; i < end; ++i) largest = magnitude(x[i]) > largest ? magnitude(x[i]) : largest;
-    if (around_zero && largest <= magnitude(nearer)) continue;
+    if (look) {
+      prefetch(x + begin, kBlock);
+      if (largest_magnitude(x + begin, end - begin) <= magnitude(nearer)) continue;
+    }
+    bool block_changed = false;
     int64_t i = begin;
-    for (; i + V::template width<T> <= end; i += V::template width<T>)
-      changed |= clamp_register<V>(x + i, lo_register, hi_register);
-    for (; i < end; ++i) changed |= clamp_register<Scalar>(x + i, lo, hi);
+    for (; i + V::template width<T> <= end; i += V::template width<T>) {
+      prefetch(x + i, V::template width<T>);
+      block_changed |= clamp_register<V>(x + i, lo_register, hi_register);
+    }
+    for (; i < end; ++i) block_changed |= clamp_register<Scalar>(x + i, lo, hi);
+    changed |= block_changed;
+    look = can_look && !block_changed;  // where one block changes the next is likely to
   }
   return changed;
 }

@@ -19,7 +19,7 @@ constexpr int64_t kChunkSize = 65536;
 constexpr int64_t kBlockSize = 2048;
 // What a chunk costs beside its elements, in bytes of memory traffic; and the least work worth a thread.
 constexpr int64_t kChunkCost = 256;
-constexpr int64_t kGrain = 1024 * 1024;
+constexpr int64_t kGrain = 512 * 1024;
 
 struct Chunk {
   const TensorView* tensor;
@@ -173,12 +173,11 @@ bool overlap(const std::vector<const TensorView*>& tensors) {
 }
 
 // Calls body(pointer, count, dtype) on the runs of all tensors. torch writes a tensor that is listed twice, or that
-// overlaps another, twice: then the tensors go one after the other. Backwards, because what a norm read last is still
-// in cache.
+// overlaps another, twice: then the tensors go one after the other.
 template <class Body>
-void write(const std::vector<const TensorView*>& tensors, const Body& body) {
-  const auto run = [&body](const ChunkTable& table) {
-    for_each_chunk(table, Order::kBackward, [&](int64_t i) {
+void write(const std::vector<const TensorView*>& tensors, Order order, const Body& body) {
+  const auto run = [order, &body](const ChunkTable& table) {
+    for_each_chunk(table, order, [&](int64_t i) {
       const Dtype dtype = table.chunks[i].tensor->dtype;
       for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, dtype); });
     });
@@ -246,7 +245,8 @@ void scale(const std::vector<TensorView>& tensors, double coef) {
     return tensor.dtype == Dtype::kFloat64 ? coef != 1.0 : static_cast<float>(coef) != 1.0f;
   };
   const Loops& isa = loops();
-  write(select(tensors, changes), [&isa, coef](char* data, int64_t count, Dtype dtype) {
+  // Backwards, because what the norm read last is still in cache.
+  write(select(tensors, changes), Order::kBackward, [&isa, coef](char* data, int64_t count, Dtype dtype) {
     isa.scale[static_cast<int>(dtype)](data, count, coef);
     return true;
   });
@@ -269,7 +269,7 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
     his[d] = round_to(static_cast<Dtype>(d), hi);
   }
   const Loops& isa = loops();
-  write(select_all(tensors), [&](char* data, int64_t count, Dtype dtype) {
+  write(select_all(tensors), Order::kForward, [&](char* data, int64_t count, Dtype dtype) {
     const int d = static_cast<int>(dtype);
     return isa.clamp[d](data, count, los[d], his[d]);
   });
