@@ -314,6 +314,7 @@ def _round(bound: float, dtype: torch.dtype) -> float:
     """As torch refuses a Python number that its dtype cannot hold."""
     if torch.finfo(dtype).max < abs(bound) < math.inf:
         raise RuntimeError(f"clip_value: value cannot be converted to type {dtype} without overflow: {bound}")
+    # A CPU tensor: no device waits.
     return torch.tensor(bound, dtype=_OPMATH[dtype], device="cpu").to(dtype).item()
 
 
