@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "abi.h"
 #include "clip.h"
@@ -21,9 +22,16 @@ double to_double(StableIValue value) {
   return out;
 }
 
-void leave(StableIValue* stack, AtenTensorHandle result) {
+OwnedTensor to_tensor(StableIValue value) {
+  AtenTensorHandle handle;
+  std::memcpy(&handle, &value, sizeof(handle));
+  return OwnedTensor(handle);
+}
+
+void leave(StableIValue* stack, OwnedTensor result) {
+  const AtenTensorHandle handle = result.release();
   stack[0] = 0;
-  std::memcpy(stack, &result, sizeof(result));
+  std::memcpy(stack, &handle, sizeof(handle));
 }
 
 // norm_partial(Tensor[] tensors, float norm_type) -> Tensor
@@ -34,10 +42,10 @@ void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
 
 // scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
+  const OwnedTensor clip_coef = to_tensor(stack[1]);
   const TensorList tensors(stack[0]);
-  const double coef = take_scalar(stack[1], "clip_coef");
   check_writable(tensors.views());
-  cpu::scale(tensors.views(), coef);
+  cpu::scale(tensors.views(), read_scalar(clip_coef, "clip_coef"));
 }
 
 // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
@@ -58,9 +66,9 @@ void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
   const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : promoted_dtype(grads.views());
   check_writable(grads.views());
   const double total_norm = cpu::total_norm(grads.views(), norm_type);
-  AtenTensorHandle result = new_scalar(total_norm, norm_dtype);
+  OwnedTensor result = new_scalar(total_norm, norm_dtype);
   cpu::scale(grads.views(), clip_coef(total_norm, max_norm));
-  leave(stack, result);
+  leave(stack, std::move(result));
 }
 
 void register_kernels() {

@@ -16,11 +16,6 @@ void check(AOTITorchError error, const char* call) {
 }
 #define FASTCLIP_CALL(function, ...) check(function(__VA_ARGS__), #function)
 
-struct DeleteTensor {
-  void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
-};
-using OwnedTensor = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
-
 // The codes of our dtypes in the running torch, in the order of Dtype.
 const int32_t* torch_dtypes() {
   static const int32_t codes[kNumDtypes] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
@@ -134,7 +129,7 @@ TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(l
 
 TensorList::~TensorList() { torch_delete_list(list_); }
 
-AtenTensorHandle new_scalar(double value, Dtype dtype) {
+OwnedTensor new_scalar(double value, Dtype dtype) {
   AtenTensorHandle handle = nullptr;
   FASTCLIP_CALL(aoti_torch_empty_strided, 0, nullptr, nullptr, torch_dtypes()[static_cast<int>(dtype)],
                 aoti_torch_device_type_cpu(), 0, &handle);
@@ -155,11 +150,10 @@ AtenTensorHandle new_scalar(double value, Dtype dtype) {
       cpu::from_float(static_cast<float>(value), static_cast<cpu::float16*>(data));
       break;
   }
-  return tensor.release();
+  return tensor;
 }
 
-double take_scalar(StableIValue value, const char* argument) {
-  const OwnedTensor tensor(from_stack<AtenTensorHandle>(value));
+double read_scalar(const OwnedTensor& tensor, const char* argument) {
   int64_t dim = 0;
   int32_t code = 0, device = 0;
   FASTCLIP_CALL(aoti_torch_get_dim, tensor.get(), &dim);

@@ -11,6 +11,11 @@
 
 namespace fastclip {
 
+struct DeleteTensor {
+  void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
+};
+using OwnedTensor = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
+
 // One dimension of a tensor that is not one dense run of memory; strides in elements.
 struct Dim {
   int64_t size;
@@ -48,9 +53,9 @@ class TensorList {
 };
 
 // A new 0-dim CPU tensor.
-AtenTensorHandle new_scalar(double value, Dtype dtype);
-// Reads a 0-dim floating-point CPU tensor and gives up the handle.
-double take_scalar(StableIValue tensor, const char* argument);
+OwnedTensor new_scalar(double value, Dtype dtype);
+// Reads a 0-dim floating-point CPU tensor. Throws std::runtime_error, naming the argument, for any other.
+double read_scalar(const OwnedTensor& tensor, const char* argument);
 // Reads the code of a dtype argument. Throws std::runtime_error for a dtype that has no kernel.
 Dtype to_dtype(StableIValue code);
 
