@@ -238,25 +238,26 @@ SPECIAL = {
 }
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 0.0, -1.0, math.inf, math.nan])
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, 0.5, math.inf, -math.inf, 0.0, -1.0, -2.0])
-@pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)
 @pytest.mark.parametrize("dtype", reference.FLOATS)
-def test_nonfinite_gradients(backend, dtype, values, norm_type, max_norm):
+def test_nonfinite_gradients(backend, dtype, norm_type):
     """NaN and inf fall out of torch's arithmetic: which entries are NaN, 0, finite or infinite is the same.
 
     Low dtypes against torch in float32: in fp16, 1 / (0 + 1e-6) is inf, which is the rounding that we leave out.
     """
+    for name, values in SPECIAL.items():
+        for max_norm in (1.0, 0.0, -1.0, math.inf, math.nan):
 
-    def call(F):
-        wide = torch.float32 if dtype in reference.LOW and F is torchs else dtype
-        made = parameters([torch.tensor(v, dtype=wide) for v in values])
-        return F.clip_grad_norm_(made, max_norm, norm_type), *(p.grad for p in made)
+            def call(F):
+                wide = torch.float32 if dtype in reference.LOW and F is torchs else dtype
+                made = parameters([torch.tensor(v, dtype=wide) for v in values])  # noqa: B023
+                return F.clip_grad_norm_(made, max_norm, norm_type), *(p.grad for p in made)  # noqa: B023
 
-    theirs, ours = same(call)
-    for got, want in zip(ours.value, theirs.value, strict=True):
-        rtol = 8 * torch.finfo(dtype).eps
-        torch.testing.assert_close(got, want.to(dtype), rtol=rtol, atol=0, equal_nan=True)
+            with reference.during(name, max_norm):
+                theirs, ours = same(call)
+                for got, want in zip(ours.value, theirs.value, strict=True):
+                    rtol = 8 * torch.finfo(dtype).eps
+                    torch.testing.assert_close(got, want.to(dtype), rtol=rtol, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("total_norm", [math.nan, math.inf, 0.0, -1e-6, 1e-30])
