@@ -1,0 +1,141 @@
+"""Checks the machine code of the CUDA kernels, for every architecture. Usage: check_sass.py LIBRARY
+
+Needs cuobjdump and nvdisasm: on PATH, or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+PTX = "sm_120"
+
+
+class Bounds(NamedTuple):
+    """What a kernel promises: threads of a block, resident blocks, and loads and stores of 128 bits in its code."""
+
+    threads: int
+    blocks: int
+    loads: int = 0
+    stores: int = 0
+
+    @property
+    def registers(self) -> int:
+        return 65_536 // (self.threads * self.blocks)
+
+
+# Four vectors in flight for each of the four dtypes.
+BOUNDS = {
+    "norm_kernel": Bounds(256, 4, loads=16),
+    "finish_kernel": Bounds(1024, 1),
+    "scale_kernel": Bounds(256, 4, loads=16, stores=16),
+    "clamp_kernel": Bounds(256, 4, loads=16, stores=16),
+}
+
+
+class Code(NamedTuple):
+    """One kernel on one architecture."""
+
+    kernel: str  # mangled
+    arch: str
+    registers: int
+    shared: int
+    loads: int
+    stores: int
+    stack: int
+    local: int
+    spills: int
+
+
+def parse(dump: str) -> tuple[list[Code], set[str]]:
+    """The kernels that `cuobjdump -sass -res-usage` shows, and the architectures that there is PTX for."""
+    codes = []
+    for section in re.split(r"^Fatbin elf code:$", dump, flags=re.MULTILINE)[1:]:
+        arch = re.search(r"^arch = (\S+)$", section, re.MULTILINE)[1]
+        lines = dict(re.findall(r"^ *Function (\S+):\n +(REG:.*)$", section, re.MULTILINE))
+        _, *functions = re.split(r"^\s*Function : (\S+)$", section, flags=re.MULTILINE)
+        for name, sass in zip(functions[::2], functions[1::2], strict=True):
+            usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", lines[name])}
+            loads, stores = (len(re.findall(rf"\b{op}\.E(?:\.[A-Z0-9_]+)*\.128\b", sass)) for op in ("LDG", "STG"))
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+            memory = usage["STACK"], usage["LOCAL"], spills
+            codes.append(Code(name, arch, usage["REG"], usage["SHARED"], loads, stores, *memory))
+    return codes, set(re.findall(r"^Fatbin ptx code:\n=+\narch = (\S+)$", dump, re.MULTILINE))
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Names without namespaces and parameters."""
+    filtered = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"^.*?(?=\b\w+_kernel\b)", "", name) for name in filtered.stdout.splitlines()]
+
+
+def errors(codes: list[Code], names: list[str], ptx: set[str]):
+    """Whatever the bounds do not allow, in words."""
+    found = {(name.partition("<")[0], code.arch) for code, name in zip(codes, names, strict=True)}
+    for arch in ARCHS:
+        if missing := [kernel for kernel in BOUNDS if (kernel, arch) not in found]:
+            yield f"has no code of {', '.join(missing)} for {arch}"
+    if PTX not in ptx:
+        yield f"has no PTX for {PTX}, which later GPUs need"
+    for code, name in zip(codes, names, strict=True):
+        where, bounds = f"{name} for {code.arch}", BOUNDS.get(name.partition("<")[0])
+        if code.stack or code.local or code.spills:
+            yield f"{where}: {code.stack} bytes of stack, {code.local} of local memory, {code.spills} spills"
+        if bounds is None:
+            yield f"{where}: not in the table of check_sass.py"
+            continue
+        if code.registers > bounds.registers:
+            yield (
+                f"{where}: {code.registers} registers, {bounds.registers} let {bounds.blocks} blocks of "
+                f"{bounds.threads} threads be resident"
+            )
+        if code.loads < bounds.loads:
+            yield f"{where}: {code.loads} wide loads, expected {bounds.loads}"
+        if code.stores < bounds.stores:
+            yield f"{where}: {code.stores} wide stores, expected {bounds.stores}"
+
+
+def tools() -> str:
+    """A PATH that begins with the folders of the two tools; they come from PATH or from installed packages."""
+    folders = []
+    spec = importlib.util.find_spec("nvidia")
+    packages = [Path(location) for location in spec.submodule_search_locations] if spec else []
+    for tool in ("cuobjdump", "nvdisasm"):
+        path = shutil.which(tool) or next((p for folder in packages for p in folder.glob(f"*/bin/{tool}")), None)
+        if path is None:
+            sys.exit(f"{tool} is neither on PATH nor installed: pip install nvidia-cuda-{tool}")
+        folders.append(str(Path(path).parent))
+    return os.pathsep.join([*folders, os.environ["PATH"]])
+
+
+def main() -> int:
+    library = Path(sys.argv[1])
+    # cuobjdump starts nvdisasm from PATH.
+    environment = {**os.environ, "PATH": tools()}
+    command = ["cuobjdump", "-sass", "-res-usage", library]
+    dump = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    codes, ptx = parse(dump)
+    names = demangle([code.kernel for code in codes])
+    width = max(map(len, names), default=0)
+    print(f"{'kernel':{width}}  arch    registers  shared  wide loads  wide stores  stack  spills")
+    for name, code in sorted(zip(names, codes, strict=True), key=lambda row: row[0]):
+        print(
+            f"{name:{width}}  {code.arch:7}{code.registers:10}{code.shared:8}{code.loads:12}{code.stores:13}"
+            f"{code.stack + code.local:7}{code.spills:8}"
+        )
+    print("PTX:", ", ".join(sorted(ptx)) or "none")
+    found = list(errors(codes, names, ptx))
+    for error in found:
+        print(f"{library.name}: {error}", file=sys.stderr)
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The gate on the CUDA kernels' machine code: what it reads in cuobjdump's output, and that each bound can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+path = Path(__file__).resolve().parents[1] / ".ci" / "check_sass.py"
+spec = importlib.util.spec_from_file_location("check_sass", path)
+check_sass = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check_sass)
+
+# Two files of machine code, the first without kernels, and one of PTX; encodings and most instructions are left out.
+DUMP = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+
+	code for sm_80
+	.target	sm_80
+
+Fatbin elf code:
+================
+arch = sm_90
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN8fastclip45_GLOBAL__N__2b1c9a1e_12_clip_cuda_cu_0d6d7c7111norm_kernelI13__nv_bfloat16Lb1EEEvPd:
+  REG:38 STACK:0 SHARED:3072 LOCAL:0 CONSTANT[0]:1344 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z13finish_kernelPKdPdi:
+  REG:64 STACK:152 SHARED:0 LOCAL:8 CONSTANT[0]:548 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+	code for sm_90
+	.target	sm_90
+
+		Function : _ZN8fastclip45_GLOBAL__N__2b1c9a1e_12_clip_cuda_cu_0d6d7c7111norm_kernelI13__nv_bfloat16Lb1EEEvPd
+	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0120*/                   LDG.E.128 R4, [R20.64+0x1000] ;              /* 0x0010000614047981 */
+        /*0130*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR6][R20.64] ;   /* 0x0020000614087981 */
+        /*0140*/                   LDG.E.EF.128 R8, desc[UR6][R20.64] ;         /* 0x0020000614087981 */
+        /*0150*/                   LDG.E.64 R4, desc[UR6][R4.64] ;              /* 0x0000000604047981 */
+        /*0160*/                   LDS.128 R8, [UR4+0x7e0] ;                    /* 0x0007e004ff087984 */
+        /*0170*/                   STG.E.128 desc[UR6][R2.64], R4 ;             /* 0x0000000402007986 */
+        /*0180*/                   STG.E.64 desc[UR6][R2.64], R6 ;              /* 0x0000000602007986 */
+		..........
+
+		Function : _Z13finish_kernelPKdPdi
+	.headerflags	@"EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0810*/                   STL.64 [R1+0x8], R10 ;                       /* 0x0000080a01007387 */
+        /*0820*/               @P1 LDL.LU R10, [R1+0x8] ;                       /* 0x00000800010a7983 */
+		..........
+
+Fatbin ptx code:
+================
+arch = sm_120
+code version = [9,0]
+"""
+
+
+def test_dump_is_read():
+    codes, ptx = check_sass.parse(DUMP)
+    assert check_sass.demangle([code.kernel for code in codes]) == ["norm_kernel<__nv_bfloat16, true>", "finish_kernel"]
+    assert [code[1:] for code in codes] == [("sm_90", 38, 3072, 3, 1, 0, 0, 0), ("sm_90", 64, 0, 0, 0, 152, 8, 2)]
+    assert ptx == {"sm_120"}
+
+
+def at_the_bounds():
+    """Every kernel on every architecture, with as many registers and as few wide loads and stores as is allowed."""
+    return [
+        check_sass.Code(kernel, arch, bounds.registers, 0, bounds.loads, bounds.stores, 0, 0, 0)
+        for kernel, bounds in check_sass.BOUNDS.items()
+        for arch in check_sass.ARCHS
+    ]
+
+
+def errors(codes, ptx=(check_sass.PTX,)):
+    return list(check_sass.errors(codes, [code.kernel for code in codes], set(ptx)))
+
+
+def test_bounds_are_allowed():
+    assert errors(at_the_bounds()) == []
+    assert check_sass.BOUNDS["norm_kernel"].registers == check_sass.BOUNDS["finish_kernel"].registers == 64
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "message"),
+    [
+        ("finish_kernel", {"stack": 8}, "finish_kernel for sm_100: 8 bytes of stack"),
+        ("scale_kernel", {"local": 16}, "scale_kernel for sm_100: 0 bytes of stack, 16 of local memory"),
+        ("clamp_kernel", {"spills": 1}, "1 spills"),
+        ("norm_kernel", {"registers": 65}, "65 registers, 64 let 4 blocks of 256 threads be resident"),
+        ("finish_kernel", {"registers": 65}, "65 registers, 64 let 1 blocks of 1024 threads be resident"),
+        ("norm_kernel", {"loads": 3}, "3 wide loads"),
+        ("scale_kernel", {"loads": 3}, "3 wide loads"),
+        ("scale_kernel", {"stores": 3}, "3 wide stores"),
+        ("clamp_kernel", {"stores": 3}, "3 wide stores"),
+        ("norm_kernel", {"arch": "sm_90"}, "has no code of norm_kernel for sm_100"),
+    ],
+)
+def test_each_bound_can_fail(kernel, change, message):
+    codes = at_the_bounds()
+    changed = [code._replace(**change) if code[:2] == (kernel, "sm_100") else code for code in codes]
+    assert changed != codes
+    (error,) = errors(changed)
+    assert message in error
+
+
+def test_an_unknown_kernel_and_missing_ptx_fail():
+    codes = at_the_bounds()
+    assert errors([*codes, codes[0]._replace(kernel="other_kernel")]) == [
+        "other_kernel for sm_80: not in the table of check_sass.py"
+    ]
+    assert errors(codes, ptx=["sm_90"]) == ["has no PTX for sm_120, which later GPUs need"]
