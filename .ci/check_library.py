@@ -1,6 +1,7 @@
-"""Checks what the built library asks of the machine it is loaded on.
+"""Checks what a built library asks of the machine it is loaded on.
 
-Usage: check_library.py LIBRARY OBJECTS, where OBJECTS is the folder of the object files that it was linked from.
+Usage: check_library.py LIBRARY [OBJECTS], where OBJECTS is the folder of the object files that the library of the CPU
+kernels was linked from.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 NEEDED = {"libtorch.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+# What the static CUDA runtime asks for; the driver is opened when it is first used.
+CUDART_NEEDED = {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
 # The newest symbol versions of manylinux_2_28, which is what torch's own wheels are built for.
 CEILINGS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
 # Registers that only the file of an ISA may use.
@@ -22,9 +25,10 @@ def output(*command: str | Path) -> str:
 
 
 def link_errors(library: Path):
-    """Libraries, symbols and symbol versions beyond torch's C ABI and the C and C++ runtimes."""
+    """Libraries, symbols and symbol versions beyond torch's C ABI and the C and C++ runtimes, and what others see."""
+    allowed = NEEDED | CUDART_NEEDED if "cuda" in library.name else NEEDED
     for name in re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-d", library)):
-        if name not in NEEDED and not name.startswith("ld-linux"):
+        if name not in allowed and not name.startswith("ld-linux"):
             yield f"links to {name}"
     newest = {}
     for kind, symbol in re.findall(r"([UwvV]) (\S+)$", output("nm", "-D", "--undefined-only", library), re.MULTILINE):
@@ -38,6 +42,10 @@ def link_errors(library: Path):
     for family, ceiling in CEILINGS.items():
         if newest.get(family, (0,)) > ceiling:
             yield f"needs {family}_{'.'.join(map(str, newest[family]))}, above {'.'.join(map(str, ceiling))}"
+    # Weak ones are inline functions of the C++ library.
+    for name in re.findall(r" [TDBR] (\S+)$", output("nm", "-D", "--defined-only", library), re.MULTILINE):
+        if not name.startswith("fastclip_"):
+            yield f"exports {name}"
     print("newest symbol versions:", ", ".join(f"{f} {'.'.join(map(str, v))}" for f, v in sorted(newest.items())))
 
 
@@ -64,8 +72,8 @@ def isa_errors(objects: Path):
 
 
 def main() -> int:
-    library, objects = map(Path, sys.argv[1:])
-    errors = [*link_errors(library), *isa_errors(objects)]
+    library, *objects = map(Path, sys.argv[1:])
+    errors = [*link_errors(library), *(error for folder in objects for error in isa_errors(folder))]
     for error in errors:
         print(f"{library.name}: {error}", file=sys.stderr)
     return bool(errors)

@@ -1,4 +1,4 @@
-"""Checks the name and the contents of a wheel. Usage: check_wheel.py native|pure WHEEL"""
+"""Checks the name and the contents of a wheel. Usage: check_wheel.py cuda|native|pure WHEEL"""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = "fastclip/libfastclip_cpu.so"
-TAGS = {"native": r"py3-none-(?!any)\w+", "pure": r"py3-none-any"}
+LIBRARIES = {
+    "cuda": {"fastclip/libfastclip_cpu.so", "fastclip/libfastclip_cuda.so"},
+    "native": {"fastclip/libfastclip_cpu.so"},
+    "pure": set(),
+}
 
 
 def main() -> int:
@@ -18,11 +21,12 @@ def main() -> int:
     metadata = re.compile(r"fastclip-[^/]+\.dist-info/")
     found = {name for name in wheel.namelist() if not metadata.match(name)}
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastclip").rglob("*.py")}
-    expected |= {LIBRARY} if kind == "native" else set()
+    expected |= LIBRARIES[kind]
+    tag = r"py3-none-(?!any)\w+" if LIBRARIES[kind] else r"py3-none-any"
     errors = [f"lacks {name}" for name in sorted(expected - found)]
     errors += [f"has {name}, which does not belong there" for name in sorted(found - expected)]
-    if not re.fullmatch(rf"fastclip-[\d.]+-{TAGS[kind]}\.whl", path.name):
-        errors.append(f"has the wrong tag: expected {TAGS[kind]}")
+    if not re.fullmatch(rf"fastclip-[\d.]+-{tag}\.whl", path.name):
+        errors.append(f"has the wrong tag: expected {tag}")
     for error in errors:
         print(f"{path.name}: {error}", file=sys.stderr)
     print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB, {len(found)} files")
