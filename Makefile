@@ -8,16 +8,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 # One stamp per torch version asked for, so that another TORCH= is installed and not ignored.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' -)
-STAMP := $(VENV)/.installed
+# Likewise, one for each USE_CUDA=, which setup.py reads.
+STAMP := $(VENV)/.installed$(USE_CUDA:%=-cuda-%)
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format wheel clean
+.PHONY: help venv run test bench lint format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(STAMP) ## Make .venv: torch, the tools, and an editable build
+	@:
 
 run: $(STAMP) ## Train on real digits with and without clipping; tables and charts go to ./fastclip-demo
 	@$(BIN)/python -m fastclip demo $(ARGS)
@@ -62,5 +66,6 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
 	@echo "Building fastclip"
 	@$(PIP) install 'setuptools>=77' ninja
+	@rm -f $(VENV)/.installed* fastclip/*.so
 	@$(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@touch $@

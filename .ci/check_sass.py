@@ -31,8 +31,8 @@ class Bounds(NamedTuple):
         return 65_536 // (self.threads * self.blocks)
 
 
-# By the beginning of the name, the first that fits; every kernel must be there. A loop over vectors has four in flight,
-# and one for the rest. There is a loop for each of the four dtypes, and another one in float64 behind the sums of three.
+# By the beginning of the name; every kernel must be there. A loop over vectors loads four at once, then single ones;
+# there is one for each of four dtypes, and for the sums of three of them a second one, in float64.
 KERNELS = {
     "norm_kernel<(NormPass)0": Bounds(256, 4, loads=35),  # squares
     "norm_kernel<(NormPass)1": Bounds(256, 4, loads=35),  # magnitudes
