@@ -163,8 +163,8 @@ std::vector<TensorViews> write_rounds(const TensorViews& tensors) {
     for (size_t r = 0; r < cluster.size(); ++r) round[cluster[r]] = r;
     rounds = std::max(rounds, cluster.size());
   }
-  if (rounds == 1) return {tensors};
   std::vector<TensorViews> out(rounds);
+  out[0].reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) out[round[i]].push_back(tensors[i]);
   return out;
 }
