@@ -15,11 +15,12 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test bench lint format wheel clean
+.PHONY: help run test bench lint format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
+.PHONY: venv
 venv: $(STAMP) ## Make .venv: torch, the tools, and an editable build
 	@:
 
