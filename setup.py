@@ -4,7 +4,7 @@ Environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS and LDFLAGS as usual, and
   FASTCLIP_REQUIRE_NATIVE=1     no C++ compiler is an error, not an install as pure Python
   FASTCLIP_WERROR=1             compiler warnings are errors
   USE_CUDA=0|1                  build without the CUDA library, or only with it; unset: with it where nvcc is found
-  FASTCLIP_CUDA_ARCHS="90 120"  the GPU architectures to build for; the last one as PTX too
+  FASTCLIP_CUDA_ARCHS="90 120"  the GPU architectures to build for; the first one as PTX too, for all later ones
 """
 
 import os
@@ -44,7 +44,8 @@ def cxx_sources():
 
 
 def cuda_sources():
-    return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/cuda/*.cu"))
+    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/cuda/*.c*") if p.suffix in (".cu", ".cpp"))
+    return [*sources, "csrc/tensor_list.cpp"]
 
 
 def find_cxx():
@@ -72,8 +73,7 @@ def wants_cuda():
     choice = os.environ.get("USE_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"fastclip: USE_CUDA must be 0, 1 or unset, got {choice!r}")
-    missing = "no nvcc is on PATH or in CUDA_HOME" if not find_nvcc() else ""
-    missing = missing or ("csrc/cuda has no .cu files" if not cuda_sources() else "")
+    missing = "" if find_nvcc() else "no nvcc is on PATH or in CUDA_HOME"
     if choice == "1" and missing:
         sys.exit(f"fastclip: USE_CUDA=1, but {missing}")
     return choice != "0" and not missing
@@ -104,8 +104,8 @@ def cuda_commands():
     if not archs:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
-    flags = ["-O3", "-std=c++17", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
-    flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", "--threads=2"]
+    flags = ["-O3", "-std=c++17", "-fmad=false", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
+    flags += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}", "--threads=2"]
     flags += ["-Xcompiler=" + ",".join(f for f in CXX_FLAGS[2:] if f != "-ffp-contract=off")]
     flags += ["-Werror=all-warnings"] if WERROR else []
     flags += [f"-ccbin={CXX[-1]}"] if os.environ.get("CXX") else []
@@ -138,14 +138,18 @@ def build_ninja(libraries):
         f"  command = {ninja_words(CXX)} -shared -nostdlib -x c {os.devnull} -Wl,-soname,libtorch.so -o $out",
         *(f"build {library}: stub" for library in stub),
     ]
+    compiled = set()
     for library in libraries:
         objects, libs = [], []
-        if library.sources[0].endswith(".cu"):
+        if any(source.endswith(".cu") for source in library.sources):
             nvcc, libs = cuda_commands()
             lines += ["rule nvcc", f"  command = {ninja_words(nvcc)} -MMD -MF $out.d -c $in -o $out"]
             lines += ["  depfile = $out.d", "  deps = gcc"]
         for source in library.sources:
             objects.append(f"{BUILD}/{source}.o")
+            if source in compiled:
+                continue
+            compiled.add(source)
             lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {source}")
             lines.append(f"  isa_flags = {' '.join(X86_ISA_FLAGS.get(Path(source).stem, []))}")
         lines.append(f"build {BUILD}/{library_file(library)}: link {' '.join(objects)} | {' '.join(stub)}")

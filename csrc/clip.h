@@ -4,14 +4,21 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
+
+#ifdef __CUDACC__
+#define FASTCLIP_HD __host__ __device__
+#else
+#define FASTCLIP_HD
+#endif
 
 namespace fastclip {
 
 enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kNumDtypes = 4;
 
-constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+FASTCLIP_HD constexpr int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 // torch.promote_types on the four dtypes.
 constexpr Dtype promote(Dtype a, Dtype b) {
@@ -32,28 +39,28 @@ inline NormKind norm_kind(double norm_type) {
 }
 
 // The partial of no elements.
-inline double identity(NormKind kind) { return kind == NormKind::kMin ? std::numeric_limits<double>::infinity() : 0.0; }
+FASTCLIP_HD inline double identity(NormKind kind) { return kind == NormKind::kMin ? double{INFINITY} : 0.0; }
 
 // Both comparisons are written so that a NaN on either side wins.
-inline double max_nan(double a, double b) { return a >= b || a != a ? a : b; }
-inline double min_nan(double a, double b) { return a <= b || a != a ? a : b; }
+FASTCLIP_HD inline double max_nan(double a, double b) { return a >= b || a != a ? a : b; }
+FASTCLIP_HD inline double min_nan(double a, double b) { return a <= b || a != a ? a : b; }
 
 // Combines partials: of chunks in chunk order, then of groups or ranks.
-inline double combine(NormKind kind, double a, double b) {
+FASTCLIP_HD inline double combine(NormKind kind, double a, double b) {
   if (kind == NormKind::kMax) return max_nan(a, b);
   if (kind == NormKind::kMin) return min_nan(a, b);
   return a + b;
 }
 
 // total_norm from the combined partial.
-inline double root(NormKind kind, double partial, double norm_type) {
+FASTCLIP_HD inline double root(NormKind kind, double partial, double norm_type) {
   if (kind == NormKind::kSquares) return std::sqrt(partial);
   if (kind != NormKind::kPow) return partial;
   return norm_type != norm_type ? norm_type : std::pow(partial, 1.0 / norm_type);
 }
 
 // min(max_norm / (total_norm + 1e-6), 1) in the order in which torch rounds it: reciprocal, then product.
-inline double clip_coef(double total_norm, double max_norm) {
+FASTCLIP_HD inline double clip_coef(double total_norm, double max_norm) {
   double coef = 1.0 / (total_norm + 1e-6) * max_norm;
   return coef > 1.0 ? 1.0 : coef;  // a NaN stays
 }

@@ -1,13 +1,13 @@
-// The CPU kernels of torch.ops.fastclip (schemas: fastclip/_ops.py), registered through torch's stable C ABI.
-// A boxed kernel finds its arguments on the stack, owns them, and leaves its result in stack[0].
-#include <cstring>
+// The CPU kernels of torch.ops.fastclip, registered through torch's stable C ABI.
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "abi.h"
+#include "boxed.h"
 #include "clip.h"
+#include "cpu/half.h"
 #include "cpu/loops.h"
 #include "cpu/passes.h"
 #include "tensor_list.h"
@@ -15,23 +15,40 @@
 namespace {
 
 using namespace fastclip;
+using namespace fastclip::boxed;
 
-double to_double(StableIValue value) {
-  double out;
-  std::memcpy(&out, &value, sizeof(out));
-  return out;
+OwnedTensor new_scalar(double value, Dtype dtype) {
+  OwnedTensor tensor = new_tensor(kScalar, dtype, {aoti_torch_device_type_cpu(), 0});
+  void* data = data_of(tensor);
+  switch (dtype) {
+    case Dtype::kFloat64:
+      *static_cast<double*>(data) = value;
+      break;
+    case Dtype::kFloat32:
+      *static_cast<float*>(data) = static_cast<float>(value);
+      break;
+    case Dtype::kBFloat16:
+      cpu::from_float(static_cast<float>(value), static_cast<cpu::bfloat16*>(data));
+      break;
+    case Dtype::kFloat16:
+      cpu::from_float(static_cast<float>(value), static_cast<cpu::float16*>(data));
+      break;
+  }
+  return tensor;
 }
 
-OwnedTensor to_tensor(StableIValue value) {
-  AtenTensorHandle handle;
-  std::memcpy(&handle, &value, sizeof(handle));
-  return OwnedTensor(handle);
-}
-
-void leave(StableIValue* stack, OwnedTensor result) {
-  const AtenTensorHandle handle = result.release();
-  stack[0] = 0;
-  std::memcpy(stack, &handle, sizeof(handle));
+double read(Scalar scalar) {
+  switch (scalar.dtype) {
+    case Dtype::kFloat64:
+      return *static_cast<double*>(scalar.data);
+    case Dtype::kFloat32:
+      return *static_cast<float*>(scalar.data);
+    case Dtype::kBFloat16:
+      return cpu::to_float(*static_cast<cpu::bfloat16*>(scalar.data));
+    case Dtype::kFloat16:
+      return cpu::to_float(*static_cast<cpu::float16*>(scalar.data));
+  }
+  return 0.0;
 }
 
 // norm_partial(Tensor[] tensors, float norm_type) -> Tensor
@@ -45,7 +62,7 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   const OwnedTensor clip_coef = to_tensor(stack[1]);
   const TensorList tensors(stack[0]);
   check_writable(tensors.views());
-  cpu::scale(tensors.views(), read_scalar(clip_coef, "clip_coef"));
+  cpu::scale(tensors.views(), read(view_scalar(clip_coef, tensors.device(), "clip_coef")));
 }
 
 // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
@@ -53,15 +70,15 @@ void clamp_(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
   check_writable(tensors.views());
   const double min = to_double(stack[1]), max = to_double(stack[2]);
-  cpu::check_bound(tensors.views(), min);
-  cpu::check_bound(tensors.views(), max);
+  check_bound(tensors.views(), min);
+  check_bound(tensors.views(), max);
   cpu::clamp(tensors.views(), min, max);
 }
 
 // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
 void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
   const double max_norm = to_double(stack[1]), norm_type = to_double(stack[2]);
-  const std::unique_ptr<StableIValue> dtype(reinterpret_cast<StableIValue*>(stack[3]));
+  const std::unique_ptr<StableIValue> dtype = to_optional(stack[3]);
   const TensorList grads(stack[0]);
   const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : promoted_dtype(grads.views());
   check_writable(grads.views());
@@ -69,16 +86,6 @@ void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
   OwnedTensor result = new_scalar(total_norm, norm_dtype);
   cpu::scale(grads.views(), clip_coef(total_norm, max_norm));
   leave(stack, std::move(result));
-}
-
-void register_kernels() {
-  TorchLibraryHandle library = nullptr;  // lives as long as the process
-  if (aoti_torch_library_init_impl("fastclip", "CPU", __FILE__, __LINE__, &library) != 0 ||
-      torch_library_impl(library, "norm_partial", norm_partial, kTorchAbi) != 0 ||
-      torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
-      torch_library_impl(library, "clamp_", clamp_, kTorchAbi) != 0 ||
-      torch_library_impl(library, "clip_grad_norm_", clip_grad_norm_, kTorchAbi) != 0)
-    throw std::runtime_error("fastclip: registration with torch failed");
 }
 
 }  // namespace
@@ -90,7 +97,7 @@ FASTCLIP_EXPORT const char* fastclip_cpu_init() {
   static std::string error;
   try {
     cpu::loops();
-    register_kernels();
+    register_kernels("fastclip", "CPU", norm_partial, scale_, clamp_, clip_grad_norm_);
     return nullptr;
   } catch (const std::exception& e) {
     error = e.what();

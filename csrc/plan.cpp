@@ -156,7 +156,7 @@ FASTCLIP_EXPORT int fastclip_plan_promoted_dtype(const Plan* plan) {
 FASTCLIP_EXPORT bool fastclip_plan_is_writable(const Plan* plan, double bound) {
   return caught([&] {
     check_writable(plan->tensors);
-    cpu::check_bound(plan->tensors, bound);
+    check_bound(plan->tensors, bound);
   });
 }
 

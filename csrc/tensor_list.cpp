@@ -1,20 +1,15 @@
 #include "tensor_list.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "cpu/half.h"
-
 namespace fastclip {
 namespace {
-
-void check(AOTITorchError error, const char* call) {
-  if (error != 0) throw std::runtime_error(std::string("fastclip: torch's ") + call + " failed");
-}
-#define FASTCLIP_CALL(function, ...) check(function(__VA_ARGS__), #function)
 
 // The codes of our dtypes in the running torch, in the order of Dtype.
 const int32_t* torch_dtypes() {
@@ -35,6 +30,19 @@ T from_stack(StableIValue value) {
   T out;
   std::memcpy(&out, &value, sizeof(out));
   return out;
+}
+
+Device device_of(const OwnedTensor& tensor) {
+  Device device{};
+  FASTCLIP_CALL(aoti_torch_get_device_type, tensor.get(), &device.type);
+  FASTCLIP_CALL(aoti_torch_get_device_index, tensor.get(), &device.index);
+  return device;
+}
+
+bool same(Device a, Device b) { return a.type == b.type && a.index == b.index; }
+
+std::string to_string(Device device) {
+  return "device " + std::to_string(device.index) + " of type code " + std::to_string(device.type);
 }
 
 bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {
@@ -71,7 +79,24 @@ bool may_overlap_itself(const std::vector<Dim>& dims) {
   return false;
 }
 
+// The memory of a tensor, from its first element to one past its last.
+struct Span {
+  const char *begin, *end;
+};
+Span span_of(const TensorView& tensor) {
+  int64_t reach = tensor.numel;
+  if (tensor.dims != nullptr) {
+    reach = 1;
+    for (const Dim& dim : *tensor.dims) reach += (dim.size - 1) * dim.stride;
+  }
+  return {tensor.data, tensor.data + reach * element_size(tensor.dtype)};
+}
+
 }  // namespace
+
+void check_torch(AOTITorchError error, const char* function) {
+  if (error != 0) throw std::runtime_error(std::string("fastclip: torch's ") + function + " failed");
+}
 
 TensorView make_view(void* data, Dtype dtype, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   TensorView view{static_cast<char*>(data), 1, nullptr, dtype};
@@ -88,10 +113,58 @@ void check_writable(const std::vector<TensorView>& tensors) {
                                "single memory location. Please clone() the tensor before performing the operation.");
 }
 
+void check_bound(const std::vector<TensorView>& tensors, double bound) {
+  static constexpr double kLargest[kNumDtypes] = {0x1.fffffep127, std::numeric_limits<double>::max(), 0x1.fep127,
+                                                  65504.0};
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (std::isfinite(bound) && std::fabs(bound) > kLargest[static_cast<int>(tensors[i].dtype)])
+      throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
+                               "]: value cannot be converted to its dtype without overflow: " + std::to_string(bound));
+}
+
 Dtype promoted_dtype(const std::vector<TensorView>& tensors) {
   Dtype dtype = tensors.empty() ? Dtype::kFloat32 : tensors.front().dtype;
   for (const TensorView& view : tensors) dtype = promote(dtype, view.dtype);
   return dtype;
+}
+
+TensorViews nonempty(const std::vector<TensorView>& tensors) {
+  TensorViews out;
+  out.reserve(tensors.size());
+  for (const TensorView& tensor : tensors)
+    if (tensor.numel > 0) out.push_back(&tensor);
+  return out;
+}
+
+std::vector<TensorViews> write_rounds(const TensorViews& tensors) {
+  struct Place {
+    Span span;
+    size_t index;
+  };
+  std::vector<Place> places;
+  places.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) places.push_back({span_of(*tensors[i]), i});
+  const auto before = [](const Place& a, const Place& b) { return a.span.begin < b.span.begin; };
+  if (!std::is_sorted(places.begin(), places.end(), before)) std::sort(places.begin(), places.end(), before);
+  // Tensors whose spans are connected go one after the other; the first of them, like all others, in the first round.
+  std::vector<size_t> round(tensors.size(), 0), cluster;
+  size_t rounds = 1;
+  for (size_t i = 0; i < places.size();) {
+    const char* end = places[i].span.end;
+    cluster = {places[i].index};
+    for (++i; i < places.size() && places[i].span.begin < end; ++i) {
+      end = std::max(end, places[i].span.end);
+      cluster.push_back(places[i].index);
+    }
+    if (cluster.size() == 1) continue;
+    std::sort(cluster.begin(), cluster.end());
+    for (size_t r = 0; r < cluster.size(); ++r) round[cluster[r]] = r;
+    rounds = std::max(rounds, cluster.size());
+  }
+  if (rounds == 1) return {tensors};
+  std::vector<TensorViews> out(rounds);
+  for (size_t i = 0; i < tensors.size(); ++i) out[round[i]].push_back(tensors[i]);
+  return out;
 }
 
 TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(list)) {
@@ -103,6 +176,11 @@ TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(l
       StableIValue item = 0;
       FASTCLIP_CALL(torch_list_get_item, list_, i, &item);
       const OwnedTensor tensor(from_stack<AtenTensorHandle>(item));
+      const Device device = device_of(tensor);
+      if (i == 0) device_ = device;
+      if (!same(device, device_))
+        throw std::runtime_error("fastclip: tensors[" + std::to_string(i) + "]: expected the device of tensors[0], " +
+                                 to_string(device_) + ", got " + to_string(device));
       int32_t code = 0;
       FASTCLIP_CALL(aoti_torch_get_dtype, tensor.get(), &code);
       const int dtype = find_dtype(code);
@@ -129,55 +207,32 @@ TensorList::TensorList(StableIValue list) : list_(from_stack<StableListHandle>(l
 
 TensorList::~TensorList() { torch_delete_list(list_); }
 
-OwnedTensor new_scalar(double value, Dtype dtype) {
+OwnedTensor new_tensor(int64_t size, Dtype dtype, Device device) {
+  const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  FASTCLIP_CALL(aoti_torch_empty_strided, 0, nullptr, nullptr, torch_dtypes()[static_cast<int>(dtype)],
-                aoti_torch_device_type_cpu(), 0, &handle);
-  OwnedTensor tensor(handle);
-  void* data = nullptr;
-  FASTCLIP_CALL(aoti_torch_get_data_ptr, handle, &data);
-  switch (dtype) {
-    case Dtype::kFloat64:
-      *static_cast<double*>(data) = value;
-      break;
-    case Dtype::kFloat32:
-      *static_cast<float*>(data) = static_cast<float>(value);
-      break;
-    case Dtype::kBFloat16:
-      cpu::from_float(static_cast<float>(value), static_cast<cpu::bfloat16*>(data));
-      break;
-    case Dtype::kFloat16:
-      cpu::from_float(static_cast<float>(value), static_cast<cpu::float16*>(data));
-      break;
-  }
-  return tensor;
+  FASTCLIP_CALL(aoti_torch_empty_strided, size == kScalar ? 0 : 1, &size, &stride,
+                torch_dtypes()[static_cast<int>(dtype)], device.type, device.index, &handle);
+  return OwnedTensor(handle);
 }
 
-double read_scalar(const OwnedTensor& tensor, const char* argument) {
-  int64_t dim = 0;
-  int32_t code = 0, device = 0;
-  FASTCLIP_CALL(aoti_torch_get_dim, tensor.get(), &dim);
-  FASTCLIP_CALL(aoti_torch_get_dtype, tensor.get(), &code);
-  FASTCLIP_CALL(aoti_torch_get_device_type, tensor.get(), &device);
-  const int dtype = find_dtype(code);
-  if (dim != 0 || dtype < 0 || device != aoti_torch_device_type_cpu())
-    throw std::runtime_error(std::string("fastclip: ") + argument +
-                             ": expected a 0-dim floating-point CPU tensor, got one of " + std::to_string(dim) +
-                             " dimensions, dtype code " + std::to_string(code) + ", device type code " +
-                             std::to_string(device));
+void* data_of(const OwnedTensor& tensor) {
   void* data = nullptr;
   FASTCLIP_CALL(aoti_torch_get_data_ptr, tensor.get(), &data);
-  switch (static_cast<Dtype>(dtype)) {
-    case Dtype::kFloat64:
-      return *static_cast<double*>(data);
-    case Dtype::kFloat32:
-      return *static_cast<float*>(data);
-    case Dtype::kBFloat16:
-      return cpu::to_float(*static_cast<cpu::bfloat16*>(data));
-    case Dtype::kFloat16:
-      return cpu::to_float(*static_cast<cpu::float16*>(data));
-  }
-  return 0.0;
+  return data;
+}
+
+Scalar view_scalar(const OwnedTensor& tensor, Device device, const char* argument) {
+  int64_t dim = 0;
+  int32_t code = 0;
+  FASTCLIP_CALL(aoti_torch_get_dim, tensor.get(), &dim);
+  FASTCLIP_CALL(aoti_torch_get_dtype, tensor.get(), &code);
+  const int dtype = find_dtype(code);
+  const Device found = device_of(tensor);
+  if (dim != 0 || dtype < 0 || !same(found, device))
+    throw std::runtime_error(std::string("fastclip: ") + argument + ": expected a 0-dim floating-point tensor on " +
+                             to_string(device) + ", got one of " + std::to_string(dim) + " dimensions, dtype code " +
+                             std::to_string(code) + ", on " + to_string(found));
+  return {data_of(tensor), static_cast<Dtype>(dtype)};
 }
 
 Dtype to_dtype(StableIValue code) {

@@ -1,6 +1,6 @@
-"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled library.
+"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
 
-Engines register their kernels for a device key; the compiled CPU library does so when it is loaded here.
+Engines register their kernels for a device key; the compiled libraries do so when they are loaded here.
 """
 
 from __future__ import annotations
@@ -102,26 +102,74 @@ clamp_ = torch.ops.fastclip.clamp_.default
 clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
 
 
-def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
-    """Loads the compiled CPU kernels: (library, None), or (None, the reason why not)."""
-    path = Path(__file__).with_name("libfastclip_cpu.so")
+def _load(name: str, without: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Loads a compiled library: (library, None), or (None, the reason why not)."""
+    path = Path(__file__).with_name(name)
     if not path.exists():
-        return None, f"{path.name} was not built (no C++ compiler at install time)"
+        return None, f"{name} was not built (no {without} at install time)"
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path)), None
     except OSError as error:
-        return None, f"{path.name} cannot be loaded: {error}"
+        return None, f"{name} cannot be loaded: {error}"
+
+
+def _load_cpu_library() -> tuple[ctypes.CDLL | None, str | None]:
+    library, reason = _load("libfastclip_cpu.so", "C++ compiler")
+    if library is None:
+        return None, reason
     library.fastclip_cpu_init.restype = library.fastclip_cpu_isa.restype = ctypes.c_char_p
     if error := library.fastclip_cpu_init():
         raise ValueError(error.decode())
     return library, None
 
 
+def _driver_version() -> int:
+    """1000 * major + 10 * minor of the CUDA that the driver serves, 0 without one; asking does not start the driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def _load_cuda_library() -> tuple[ctypes.CDLL | None, str | None]:
+    if torch.version.cuda is None:
+        return None, "this torch was not built for CUDA"
+    library, reason = _load("libfastclip_cuda.so", "nvcc")
+    if library is None:
+        return None, reason
+    needed, driver = library.fastclip_cuda_runtime_version(), _driver_version()
+    if driver == 0:
+        return None, "no NVIDIA driver (libcuda.so.1)"
+    if driver // 1000 < needed // 1000:
+        return None, f"the NVIDIA driver serves CUDA {_dotted(driver)}, the kernels are compiled for {_dotted(needed)}"
+    library.fastclip_cuda_init.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+    library.fastclip_cuda_init.restype = library.fastclip_cuda_unsupported.restype = ctypes.c_char_p
+    if error := library.fastclip_cuda_init(b"fastclip", b"CUDA"):
+        raise RuntimeError(error.decode())
+    return library, None
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 cpu_library, cpu_unavailable = _load_cpu_library()
+cuda_library, cuda_unavailable = _load_cuda_library()
 # The device types whose ops a compiled library has registered.
-compiled_for: frozenset[str] = frozenset() if cpu_unavailable else frozenset({"cpu"})
+compiled_for = frozenset(
+    device for device, library in (("cpu", cpu_library), ("cuda", cuda_library)) if library is not None
+)
 
 
 def cpu_isa() -> str | None:
     """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
     return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()
+
+
+@functools.cache
+def cuda_unsupported(device: int) -> str | None:
+    """Why the CUDA kernels cannot run on a device; None where they can."""
+    reason = cuda_library.fastclip_cuda_unsupported(device)
+    return None if reason is None else reason.decode()

@@ -32,7 +32,7 @@ struct ChunkTable {
   std::vector<Chunk> chunks;
   int64_t cost = 0;
 
-  explicit ChunkTable(const std::vector<const TensorView*>& tensors) {
+  explicit ChunkTable(const TensorViews& tensors) {
     size_t size = 0;
     for (const TensorView* tensor : tensors) size += static_cast<size_t>((tensor->numel + kChunkSize - 1) / kChunkSize);
     chunks.reserve(size);
@@ -45,20 +45,6 @@ struct ChunkTable {
     }
   }
 };
-
-// The tensors with elements for which keep(tensor) holds.
-template <class Keep>
-std::vector<const TensorView*> select(const std::vector<TensorView>& tensors, const Keep& keep) {
-  std::vector<const TensorView*> selected;
-  selected.reserve(tensors.size());
-  for (const TensorView& tensor : tensors)
-    if (tensor.numel > 0 && keep(tensor)) selected.push_back(&tensor);
-  return selected;
-}
-
-std::vector<const TensorView*> select_all(const std::vector<TensorView>& tensors) {
-  return select(tensors, [](const TensorView&) { return true; });
-}
 
 // The next tensor is somewhere else in memory, where no hardware prefetch looks: asks for its first lines.
 void prefetch(const Chunk& chunk) {
@@ -150,42 +136,16 @@ void for_each_run(const Chunk& chunk, const Body& body) {
   }
 }
 
-// Whether the spans of memory of two tensors meet, so that they have to be written one after the other.
-bool overlap(const std::vector<const TensorView*>& tensors) {
-  struct Span {
-    const char *begin, *end;
-  };
-  std::vector<Span> spans;
-  spans.reserve(tensors.size());
-  for (const TensorView* tensor : tensors) {
-    int64_t reach = tensor->numel;
-    if (tensor->dims != nullptr) {
-      reach = 1;
-      for (const Dim& dim : *tensor->dims) reach += (dim.size - 1) * dim.stride;
-    }
-    spans.push_back({tensor->data, tensor->data + reach * element_size(tensor->dtype)});
-  }
-  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
-  if (!std::is_sorted(spans.begin(), spans.end(), before)) std::sort(spans.begin(), spans.end(), before);
-  for (size_t i = 1; i < spans.size(); ++i)
-    if (spans[i].begin < spans[i - 1].end) return true;
-  return false;
-}
-
-// Calls body(pointer, count, dtype) on the runs of all tensors. torch writes a tensor that is listed twice, or that
-// overlaps another, twice: then the tensors go one after the other.
+// Calls body(pointer, count, dtype) on the runs of all tensors.
 template <class Body>
-void write(const std::vector<const TensorView*>& tensors, Order order, const Body& body) {
-  const auto run = [order, &body](const ChunkTable& table) {
+void write(const TensorViews& tensors, Order order, const Body& body) {
+  for (const TensorViews& round : write_rounds(tensors)) {
+    const ChunkTable table(round);
     for_each_chunk(table, order, [&](int64_t i) {
       const Dtype dtype = table.chunks[i].tensor->dtype;
       for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, dtype); });
     });
-  };
-  if (overlap(tensors))
-    for (const TensorView* tensor : tensors) run(ChunkTable({tensor}));
-  else
-    run(ChunkTable(tensors));
+  }
 }
 
 double round_to(Dtype dtype, double bound) {
@@ -210,7 +170,7 @@ double round_to(Dtype dtype, double bound) {
 
 double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
   const NormKind kind = norm_kind(norm_type);
-  const ChunkTable table(select_all(tensors));
+  const ChunkTable table(nonempty(tensors));
   std::vector<double> partials(table.chunks.size());
   const Loops& isa = loops();
   for_each_chunk(table, Order::kForward, [&](int64_t i) {
@@ -236,29 +196,22 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
 }
 
 double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
-  if (select_all(tensors).empty()) return 0.0;
+  if (nonempty(tensors).empty()) return 0.0;
   return root(norm_kind(norm_type), norm_partial(tensors, norm_type), norm_type);
 }
 
 void scale(const std::vector<TensorView>& tensors, double coef) {
-  const auto changes = [coef](const TensorView& tensor) {
-    return tensor.dtype == Dtype::kFloat64 ? coef != 1.0 : static_cast<float>(coef) != 1.0f;
+  TensorViews changed = nonempty(tensors);
+  const auto stays = [coef](const TensorView* tensor) {
+    return tensor->dtype == Dtype::kFloat64 ? coef == 1.0 : static_cast<float>(coef) == 1.0f;
   };
+  changed.erase(std::remove_if(changed.begin(), changed.end(), stays), changed.end());
   const Loops& isa = loops();
   // Backwards, because what the norm read last is still in cache.
-  write(select(tensors, changes), Order::kBackward, [&isa, coef](char* data, int64_t count, Dtype dtype) {
+  write(changed, Order::kBackward, [&isa, coef](char* data, int64_t count, Dtype dtype) {
     isa.scale[static_cast<int>(dtype)](data, count, coef);
     return true;
   });
-}
-
-void check_bound(const std::vector<TensorView>& tensors, double bound) {
-  static constexpr double kLargest[kNumDtypes] = {0x1.fffffep127, std::numeric_limits<double>::max(), 0x1.fep127,
-                                                  65504.0};
-  for (size_t i = 0; i < tensors.size(); ++i)
-    if (std::isfinite(bound) && std::fabs(bound) > kLargest[static_cast<int>(tensors[i].dtype)])
-      throw std::runtime_error("fastclip: tensors[" + std::to_string(i) +
-                               "]: value cannot be converted to its dtype without overflow: " + std::to_string(bound));
 }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
@@ -269,7 +222,7 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
     his[d] = round_to(static_cast<Dtype>(d), hi);
   }
   const Loops& isa = loops();
-  write(select_all(tensors), Order::kForward, [&](char* data, int64_t count, Dtype dtype) {
+  write(nonempty(tensors), Order::kForward, [&](char* data, int64_t count, Dtype dtype) {
     const int d = static_cast<int>(dtype);
     return isa.clamp[d](data, count, los[d], his[d]);
   });

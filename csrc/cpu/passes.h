@@ -18,9 +18,6 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
 void scale(const std::vector<TensorView>& tensors, double coef);
 
-// Throws std::runtime_error where a finite bound overflows the dtype of a tensor, as torch does.
-void check_bound(const std::vector<TensorView>& tensors, double bound);
-
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only registers that change.
 // The bounds have passed check_bound.
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi);

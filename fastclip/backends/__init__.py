@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import eager, native, triton_
+from . import cuda, eager, native, triton_
 
 # In order of preference; eager takes whatever the others refuse.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, triton_, eager)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, cuda, triton_, eager)}

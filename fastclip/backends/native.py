@@ -1,4 +1,4 @@
-"""The compiled kernels (csrc/), by way of torch.ops.fastclip."""
+"""The compiled CPU kernels (csrc/cpu/), by way of torch.ops.fastclip."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
 __all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
 NAME = "native"
-OPS = _ops.compiled_for
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPS = _ops.compiled_for & {"cpu"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> str | None:
@@ -21,10 +21,15 @@ def unavailable() -> str | None:
 
 def refuses(tensor: Tensor) -> str | None:
     if tensor.device.type != "cpu":
-        return f"no compiled kernels for {tensor.device.type} tensors"
+        return f"no compiled CPU kernels for {tensor.device.type} tensors"
+    return refuses_on_any_device(tensor)
+
+
+def refuses_on_any_device(tensor: Tensor) -> str | None:
+    """The reason why no compiled kernel takes a tensor, wherever it is."""
     if tensor.layout != torch.strided:
         return f"layout {tensor.layout}"
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         return f"dtype {tensor.dtype}"
     if torch.compiler.is_compiling():
         return None

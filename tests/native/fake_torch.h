@@ -127,6 +127,10 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle handle, int32_t* out)
   *out = handle->tensor.device;
   return fake::status();
 }
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* out) {
+  *out = 0;
+  return fake::status();
+}
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t dtype, int32_t, int32_t,
                                         AtenTensorHandle* out) {
   if (const AOTITorchError error = fake::status()) return error;

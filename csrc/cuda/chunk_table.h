@@ -1,0 +1,114 @@
+// The table of a launch: tensors of any dtypes and sizes by value in the kernel's arguments, so that nothing is copied
+// to the device and a CUDA graph replays it as it is.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../clip.h"
+#include "../tensor_list.h"
+
+namespace fastclip::cuda {
+
+// Elements for each partial, as on the CPU.
+constexpr int kChunkSize = 65536;
+// What a kernel's arguments may take on compute capability 7.0 and later.
+constexpr size_t kMostArgumentBytes = 32764;
+
+// A dense tensor. 2^32 chunks are 2^48 elements.
+struct Entry {
+  char* data;
+  uint32_t end;         // chunks of this tensor and of all before it
+  uint32_t last : 16;   // elements of its last chunk, less one
+  uint32_t dtype : 16;  // Dtype
+};
+static_assert(sizeof(Entry) == 16, "16 bytes are what the capacities below count on");
+
+template <int kSize>
+struct Table {
+  static constexpr int kCapacity = kSize;
+  uint32_t tensors;
+  uint32_t chunks;
+  Entry entries[kSize];
+
+  // Takes the tensors from `first` on that fit; returns one past the last of them.
+  size_t fill(const TensorViews& dense, size_t first) {
+    const size_t end = std::min(dense.size(), first + kCapacity);
+    tensors = static_cast<uint32_t>(end - first);
+    chunks = 0;
+    for (size_t i = first; i < end; ++i) {
+      const TensorView& tensor = *dense[i];
+      chunks += static_cast<uint32_t>((tensor.numel + kChunkSize - 1) / kChunkSize);
+      entries[i - first] = {tensor.data, chunks, static_cast<uint32_t>((tensor.numel - 1) % kChunkSize),
+                            static_cast<uint32_t>(tensor.dtype)};
+    }
+    return end;
+  }
+};
+
+// Two sizes, because a launch copies all of its arguments.
+using ShortTable = Table<254>;
+using LongTable = Table<2046>;
+
+// What a kernel takes: 16 bytes or less of its own, and a table.
+template <class OwnArguments, class AnyTable>
+struct Arguments {
+  OwnArguments own;
+  AnyTable table;
+  static_assert(sizeof(OwnArguments) <= 16 && sizeof(AnyTable) <= kMostArgumentBytes - 16, "does not fit");
+};
+
+// A chunk of a table, found by all threads alike.
+struct Chunk {
+  char* data;
+  int count;
+  Dtype dtype;
+  uint32_t tensor;  // its place in the table
+};
+
+template <class AnyTable>
+FASTCLIP_HD inline Chunk find_chunk(const AnyTable& table, uint32_t chunk) {
+  uint32_t low = 0, high = table.tensors - 1;  // the first entry that ends after the chunk
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (table.entries[middle].end > chunk)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  const Entry& entry = table.entries[low];
+  const Dtype dtype = static_cast<Dtype>(entry.dtype);
+  const uint32_t index = chunk - (low > 0 ? table.entries[low - 1].end : 0);
+  const int count = chunk + 1 == entry.end ? static_cast<int>(entry.last) + 1 : kChunkSize;
+  return {entry.data + int64_t{index} * kChunkSize * element_size(dtype), count, dtype, low};
+}
+
+// A tensor with holes between its elements: a launch of its own, element by element.
+struct StridedTable {
+  static constexpr int kMostDims = 64;  // torch's own limit
+  char* data;
+  int64_t numel;
+  int32_t dtype;  // Dtype
+  int32_t dims;
+  Dim dim[kMostDims];  // outermost first
+
+  explicit StridedTable(const TensorView& tensor)
+      : data(tensor.data),
+        numel(tensor.numel),
+        dtype(static_cast<int32_t>(tensor.dtype)),
+        dims(static_cast<int32_t>(tensor.dims->size())) {
+    std::copy(tensor.dims->begin(), tensor.dims->end(), dim);
+  }
+};
+
+FASTCLIP_HD inline int64_t chunks_of(const StridedTable& table) { return (table.numel + kChunkSize - 1) / kChunkSize; }
+
+// Where element i lies, in elements.
+FASTCLIP_HD inline int64_t offset_of(const StridedTable& table, int64_t i) {
+  int64_t offset = 0;
+  for (int d = table.dims; d-- > 0; i /= table.dim[d].size) offset += i % table.dim[d].size * table.dim[d].stride;
+  return offset;
+}
+
+}  // namespace fastclip::cuda

@@ -1,0 +1,195 @@
+// The launches: every pass is one kernel for up to 2,046 dense tensors of any dtypes, and one for each tensor with
+// holes.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "chunk_table.h"
+#include "norm.cuh"
+#include "passes.h"
+#include "scale.cuh"
+
+namespace fastclip::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next call starts afresh
+  throw std::runtime_error(std::string("fastclip: ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... Parameters, class... Given>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, Queue queue,
+            const Given&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// Launches the blocks that the device holds at once, or fewer.
+template <class... Parameters, class... Given>
+void launch_persistent(const char* name, void (*kernel)(Parameters...), int64_t most_blocks, Queue queue,
+                       const Given&... arguments) {
+  int multiprocessors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), name);
+  const int64_t blocks = std::min(most_blocks, int64_t{multiprocessors} * resident);
+  launch(name, kernel, blocks, kThreads, queue, arguments...);
+}
+
+struct Layout {
+  TensorViews dense, strided;
+
+  explicit Layout(const TensorViews& tensors) {
+    dense.reserve(tensors.size());
+    for (const TensorView* tensor : tensors) (tensor->dims == nullptr ? dense : strided).push_back(tensor);
+  }
+};
+
+enum class Order { kForward, kBackward };
+
+// Calls launch(arguments), whose table is filled, for each kernel that the dense tensors take.
+template <class OwnArguments, class Launch>
+void for_each_table(const TensorViews& dense, Order order, const Launch& launch) {
+  constexpr size_t kCapacity = LongTable::kCapacity;
+  const size_t tables = (dense.size() + kCapacity - 1) / kCapacity;
+  for (size_t t = 0; t < tables; ++t) {
+    const size_t first = (order == Order::kForward ? t : tables - 1 - t) * kCapacity;
+    if (dense.size() - first <= ShortTable::kCapacity) {
+      Arguments<OwnArguments, ShortTable> arguments;
+      arguments.table.fill(dense, first);
+      launch(arguments);
+    } else {
+      Arguments<OwnArguments, LongTable> arguments;
+      arguments.table.fill(dense, first);
+      launch(arguments);
+    }
+  }
+}
+
+template <class OwnArguments, class AnyTable>
+void launch_norm(NormKind kind, const Arguments<OwnArguments, AnyTable>& arguments, Queue queue) {
+  const uint32_t chunks = arguments.table.chunks;
+  switch (kind) {
+    case NormKind::kSquares:
+      return launch_persistent("norm_kernel<squares>", norm_kernel<NormPass::kSquares, AnyTable>, chunks, queue,
+                               arguments);
+    case NormKind::kAbs:
+      return launch_persistent("norm_kernel<abs>", norm_kernel<NormPass::kAbs, AnyTable>, chunks, queue, arguments);
+    case NormKind::kPow:
+      return launch_persistent("norm_kernel<pow>", norm_kernel<NormPass::kPow, AnyTable>, chunks, queue, arguments);
+    default:
+      return launch_persistent("norm_kernel<extreme>", norm_kernel<NormPass::kExtreme, AnyTable>, chunks, queue,
+                               arguments);
+  }
+}
+
+// Fills the partials; returns their number.
+int64_t launch_norms(const Layout& layout, double norm_type, double* partials, Queue queue) {
+  const NormKind kind = norm_kind(norm_type);
+  if (kind == NormKind::kCount) {
+    const size_t bytes = (layout.dense.size() + layout.strided.size()) * sizeof(double);
+    check(cudaMemsetAsync(partials, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "cudaMemsetAsync");
+  }
+  double* next = partials;
+  for_each_table<NormArguments>(layout.dense, Order::kForward, [&](auto& arguments) {
+    arguments.own = {next, norm_type};
+    launch_norm(kind, arguments, queue);
+    next += kind == NormKind::kCount ? arguments.table.tensors : arguments.table.chunks;
+  });
+  for (const TensorView* tensor : layout.strided) {
+    const StridedNormArguments arguments{{next, norm_type}, kind, StridedTable(*tensor)};
+    const int64_t chunks = chunks_of(arguments.table);
+    launch_persistent("strided_norm_kernel", strided_norm_kernel, chunks, queue, arguments);
+    next += kind == NormKind::kCount ? 1 : chunks;
+  }
+  return next - partials;
+}
+
+void launch_strided_writes(const TensorViews& strided, const double* clip_coef, Bounds bounds, Queue queue) {
+  for (const TensorView* tensor : strided) {
+    const StridedWriteArguments arguments{clip_coef, bounds, StridedTable(*tensor)};
+    const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
+    launch_persistent("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
+  }
+}
+
+void launch_scale(const TensorViews& tensors, const double* clip_coef, Queue queue) {
+  for (const TensorViews& round : write_rounds(tensors)) {
+    const Layout layout(round);
+    launch_strided_writes(layout.strided, clip_coef, {}, queue);
+    // Backwards: what the norm read last is still in L2.
+    for_each_table<const double*>(layout.dense, Order::kBackward, [&](auto& arguments) {
+      using AnyTable = decltype(arguments.table);
+      arguments.own = clip_coef;
+      launch_persistent("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+    });
+  }
+}
+
+}  // namespace
+
+int64_t scratch_size(const std::vector<TensorView>& tensors) {
+  int64_t size = 1;  // the coefficient
+  for (const TensorView& tensor : tensors) size += (tensor.numel + kChunkSize - 1) / kChunkSize;
+  return size;
+}
+
+void norm_partial(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* result,
+                  Queue queue) {
+  double* const partials = scratch + 1;
+  const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, partials, queue);
+  const FinishArguments arguments{partials,       slots, norm_type, 0, result, nullptr, norm_kind(norm_type),
+                                  Dtype::kFloat64};
+  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
+}
+
+void scale(const std::vector<TensorView>& tensors, Scalar coef, double* scratch, Queue queue) {
+  launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
+  launch_scale(nonempty(tensors), scratch, queue);
+}
+
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {
+  if (lo != lo || hi != hi) {
+    launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
+           static_cast<double>(NAN));
+    return launch_scale(nonempty(tensors), scratch, queue);
+  }
+  for (const TensorViews& round : write_rounds(nonempty(tensors))) {
+    const Layout layout(round);
+    launch_strided_writes(layout.strided, nullptr, {lo, hi}, queue);
+    for_each_table<Bounds>(layout.dense, Order::kForward, [&](auto& arguments) {
+      using AnyTable = decltype(arguments.table);
+      arguments.own = {lo, hi};
+      launch_persistent("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+    });
+  }
+}
+
+void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
+                    void* norm, Dtype dtype, Queue queue) {
+  const TensorViews views = nonempty(tensors);
+  double* const partials = scratch + 1;
+  const int64_t slots = launch_norms(Layout(views), norm_type, partials, queue);
+  const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, scratch, norm_kind(norm_type), dtype};
+  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
+  launch_scale(views, scratch, queue);
+}
+
+const char* unsupported() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+}  // namespace fastclip::cuda

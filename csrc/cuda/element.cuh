@@ -1,0 +1,159 @@
+// The elements of a chunk: how they lie in memory and in arithmetic, and the walk over them in vectors of 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../clip.h"
+
+namespace fastclip::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;
+
+template <Dtype kDtype>
+struct Element;
+
+template <>
+struct Element<Dtype::kFloat32> {
+  using Storage = uint32_t;
+  using Opmath = float;
+  static __device__ float widen(uint32_t bits) { return __uint_as_float(bits); }
+  static __device__ uint32_t narrow(float x) { return __float_as_uint(x); }
+};
+template <>
+struct Element<Dtype::kFloat64> {
+  using Storage = unsigned long long;
+  using Opmath = double;
+  static __device__ double widen(unsigned long long bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+  static __device__ unsigned long long narrow(double x) {
+    return static_cast<unsigned long long>(__double_as_longlong(x));
+  }
+};
+template <>
+struct Element<Dtype::kBFloat16> {
+  using Storage = uint16_t;
+  using Opmath = float;
+  static __device__ float widen(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+  static __device__ uint16_t narrow(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+};
+template <>
+struct Element<Dtype::kFloat16> {
+  using Storage = uint16_t;
+  using Opmath = float;
+  static __device__ float widen(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+  static __device__ uint16_t narrow(float x) { return __half_as_ushort(__float2half_rn(x)); }
+};
+
+// Calls f(Element<dtype>()) with the dtype of this chunk, which all threads of the block share.
+template <class F>
+__device__ auto with_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(Element<Dtype::kFloat32>());
+    case Dtype::kFloat64:
+      return f(Element<Dtype::kFloat64>());
+    case Dtype::kBFloat16:
+      return f(Element<Dtype::kBFloat16>());
+    default:
+      return f(Element<Dtype::kFloat16>());
+  }
+}
+
+template <class E>
+struct alignas(kVectorBytes) Vector {
+  static constexpr int kLanes = kVectorBytes / sizeof(typename E::Storage);
+  typename E::Storage lanes[kLanes];
+};
+
+template <class E>
+__device__ Vector<E> load(const Vector<E>* place) {
+  const uint4 words = *reinterpret_cast<const uint4*>(place);
+  Vector<E> vector;
+  memcpy(&vector, &words, sizeof(vector));
+  return vector;
+}
+
+template <class E>
+__device__ void store(Vector<E>* place, const Vector<E>& vector) {
+  uint4 words;
+  memcpy(&words, &vector, sizeof(words));
+  *reinterpret_cast<uint4*>(place) = words;
+}
+
+// The elements of a chunk: a body of whole vectors that starts at a multiple of 16 bytes, and the edges, of less than a
+// vector each, before and after it.
+template <class E>
+struct Run {
+  using Storage = typename E::Storage;
+  static constexpr int kLanes = Vector<E>::kLanes;
+
+  Vector<E>* body;
+  int vectors, head, tail;
+
+  __device__ Run(char* data, int count) {
+    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(data) % kVectorBytes);
+    const int before = (kVectorBytes - misaligned) % kVectorBytes / static_cast<int>(sizeof(Storage));
+    head = before < count ? before : count;
+    vectors = (count - head) / kLanes;
+    tail = count - head - vectors * kLanes;
+    body = reinterpret_cast<Vector<E>*>(data + head * sizeof(Storage));
+  }
+
+  // Calls f(place) for the edges: one element for each of the first threads.
+  template <class F>
+  __device__ void for_each_edge(const F& f) const {
+    const int lane = threadIdx.x;
+    Storage* elements = reinterpret_cast<Storage*>(body);
+    if (lane < kLanes) {
+      if (lane < head) f(elements + lane - head);
+    } else if (lane - kLanes < tail) {
+      f(elements + vectors * kLanes + lane - kLanes);
+    }
+  }
+
+  // Calls f(vector, place) for the body, with four loads in flight before the first use.
+  template <class F>
+  __device__ void for_each_vector(const F& f) const {
+    constexpr int kUnroll = 4;
+    int i = threadIdx.x;
+    for (; i + (kUnroll - 1) * kThreads < vectors; i += kUnroll * kThreads) {
+      Vector<E> loaded[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) loaded[u] = load(body + i + u * kThreads);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) f(loaded[u], body + i + u * kThreads);
+    }
+#pragma unroll 1
+    for (; i < vectors; i += kThreads) f(load(body + i), body + i);
+  }
+
+  // Calls f(x) for every element, in order of memory; for arithmetic that is slower than memory.
+  template <class F>
+  __device__ void for_each_element(const F& f) const {
+    const Storage* elements = reinterpret_cast<const Storage*>(body) - head;
+    const int count = head + vectors * kLanes + tail;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) f(E::widen(elements[i]));
+  }
+};
+
+// A number of any of the dtypes, and back with one rounding to float32 on the way to 16 bits.
+__device__ inline double load_scalar(const void* place, Dtype dtype) {
+  return with_element(dtype, [place](auto element) {
+    using E = decltype(element);
+    return static_cast<double>(E::widen(*static_cast<const typename E::Storage*>(place)));
+  });
+}
+__device__ inline void store_scalar(void* place, Dtype dtype, double value) {
+  with_element(dtype, [place, value](auto element) {
+    using E = decltype(element);
+    *static_cast<typename E::Storage*>(place) = E::narrow(static_cast<typename E::Opmath>(value));
+  });
+}
+
+}  // namespace fastclip::cuda

@@ -1,0 +1,233 @@
+// The norm: one partial for each chunk, then one block that combines them and finishes. Meaning: clip.h.
+#pragma once
+
+#include "chunk_table.h"
+#include "element.cuh"
+#include "reduce.cuh"
+
+namespace fastclip::cuda {
+
+constexpr int kFinishThreads = 1024;
+
+// What a float32 sum of squares must reach so that those below float32's range cannot matter: 65,536 errors of 2^-150
+// are 2^-44 of it.
+constexpr double kLeastSumOfSquares = 0x1p-90;
+
+// A float32 sum as a pair with what was rounded away from it: as good as float64 over a chunk, on GPUs that have none.
+struct Pair {
+  float sum = 0, error = 0;
+
+  // Knuth's two-sum.
+  __device__ void add(float x) {
+    const float total = sum + x, part = total - sum;
+    error += (sum - (total - part)) + (x - part);
+    sum = total;
+  }
+  __device__ void add_square(float x, bool exact) {
+    const float square = x * x;
+    if (!exact) error += fmaf(x, x, -square);
+    add(square);
+  }
+  __device__ double wide() const { return double{sum} + double{error}; }
+};
+
+template <NormKind kKind>
+__device__ double wide_term(double x, double p) {
+  x = fabs(x);
+  if (kKind == NormKind::kSquares) return x * x;
+  if (kKind == NormKind::kAbs) return x;
+  return exp2(p * log2(x));  // log2(0) is -inf, as it has to be
+}
+
+__device__ inline double block_sum(double x) {
+  return block_reduce<kThreads>(x, [](double a, double b) { return a + b; });
+}
+
+// The edges in float64.
+template <NormKind kKind, class E>
+__device__ double edge_sum(const Run<E>& run, double p) {
+  double sum = 0;
+  run.for_each_edge([&](const typename E::Storage* place) { sum += wide_term<kKind>(E::widen(*place), p); });
+  return sum;
+}
+
+template <NormKind kKind, class E>
+__device__ double wide_sum(const Run<E>& run, double p) {
+  double sum = edge_sum<kKind>(run, p);
+  run.for_each_vector([&](const Vector<E>& vector, const Vector<E>*) {
+#pragma unroll
+    for (int i = 0; i < Vector<E>::kLanes; ++i) sum += wide_term<kKind>(E::widen(vector.lanes[i]), p);
+  });
+  return block_sum(sum);
+}
+
+// sum x^2 or sum |x| of a chunk.
+template <NormKind kKind, class E>
+__device__ double sum_of(const Run<E>& run) {
+  if constexpr (sizeof(typename E::Opmath) == sizeof(double)) {
+    return wide_sum<kKind>(run, 0);
+  } else {
+    constexpr bool kExactSquares = sizeof(typename E::Storage) == 2;
+    Pair pair;
+    run.for_each_vector([&](const Vector<E>& vector, const Vector<E>*) {
+#pragma unroll
+      for (int i = 0; i < Vector<E>::kLanes; ++i) {
+        const float x = E::widen(vector.lanes[i]);
+        if (kKind == NormKind::kSquares)
+          pair.add_square(x, kExactSquares);
+        else
+          pair.add(fabsf(x));
+      }
+    });
+    const double sum = block_sum(pair.wide() + edge_sum<kKind>(run, 0));
+    const double least = kKind == NormKind::kSquares ? kLeastSumOfSquares : 0;
+    if (sum >= least && sum < double{INFINITY}) return sum;
+    return wide_sum<kKind>(run, 0);  // float32 overflowed, or lost squares below its range
+  }
+}
+
+// max |x| and min |x| over the elements that a thread has seen. Magnitudes compare as integers, NaN above inf.
+template <class E>
+struct Extremes {
+  using Bits = typename E::Storage;
+  static constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  Bits largest = 0, smallest = kMagnitude;
+
+  __device__ void add(Bits bits) {
+    const Bits magnitude = bits & kMagnitude;
+    largest = magnitude > largest ? magnitude : largest;
+    smallest = magnitude < smallest ? magnitude : smallest;
+  }
+  // A NaN wins; kCount is whether there is a non-zero.
+  __device__ double value(NormKind kind) const {
+    if (kind == NormKind::kCount) return largest != 0;
+    const double maximum = E::widen(largest);
+    if (kind == NormKind::kMax || maximum != maximum) return maximum;
+    return smallest == kMagnitude ? identity(kind) : double{E::widen(smallest)};
+  }
+};
+
+__device__ inline double block_extreme(NormKind kind, double x) {
+  if (kind == NormKind::kMin) return block_reduce<kThreads>(x, [](double a, double b) { return min_nan(a, b); });
+  return block_reduce<kThreads>(x, [](double a, double b) { return max_nan(a, b); });
+}
+
+template <class E>
+__device__ double extreme_of(const Run<E>& run, NormKind kind) {
+  Extremes<E> extremes;
+  run.for_each_vector([&](const Vector<E>& vector, const Vector<E>*) {
+#pragma unroll
+    for (int i = 0; i < Vector<E>::kLanes; ++i) extremes.add(vector.lanes[i]);
+  });
+  run.for_each_edge([&](const typename E::Storage* place) { extremes.add(*place); });
+  return block_extreme(kind, extremes.value(kind));
+}
+
+template <class E>
+__device__ double powers_of(const Run<E>& run, double p) {
+  double sum = 0;
+  run.for_each_element([&](double x) { sum += wide_term<NormKind::kPow>(x, p); });
+  return block_sum(sum);
+}
+
+struct NormArguments {
+  double* partials;
+  double p;
+};
+
+// kExtreme is max, min or count, by p: inf, -inf, 0.
+enum class NormPass { kSquares, kAbs, kExtreme, kPow };
+
+template <NormPass kPass, class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    norm_kernel(const __grid_constant__ Arguments<NormArguments, AnyTable> arguments) {
+  const double p = arguments.own.p;
+  const NormKind kind = p == 0 ? NormKind::kCount : p > 0 ? NormKind::kMax : NormKind::kMin;
+  for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
+    const Chunk chunk = find_chunk(arguments.table, i);
+    const double partial = with_element(chunk.dtype, [&](auto element) {
+      const Run<decltype(element)> run(chunk.data, chunk.count);
+      if constexpr (kPass == NormPass::kSquares)
+        return sum_of<NormKind::kSquares>(run);
+      else if constexpr (kPass == NormPass::kAbs)
+        return sum_of<NormKind::kAbs>(run);
+      else if constexpr (kPass == NormPass::kExtreme)
+        return extreme_of(run, kind);
+      else
+        return powers_of(run, p);
+    });
+    if (threadIdx.x != 0) continue;
+    // Of a count, a tensor has one slot, zero before: all of its chunks that find something store the same 1.
+    if (kPass != NormPass::kExtreme || kind != NormKind::kCount)
+      arguments.own.partials[i] = partial;
+    else if (partial != 0)
+      arguments.own.partials[chunk.tensor] = 1;
+  }
+}
+
+// The same for one tensor with holes.
+struct StridedNormArguments {
+  NormArguments own;
+  NormKind kind;
+  StridedTable table;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    strided_norm_kernel(const __grid_constant__ StridedNormArguments arguments) {
+  const StridedTable& table = arguments.table;
+  const NormKind kind = arguments.kind;
+  for (int64_t i = blockIdx.x; i < chunks_of(table); i += gridDim.x) {
+    const int64_t begin = i * kChunkSize, end = begin + kChunkSize < table.numel ? begin + kChunkSize : table.numel;
+    const bool sums = kind == NormKind::kSquares || kind == NormKind::kAbs || kind == NormKind::kPow;
+    double partial = with_element(static_cast<Dtype>(table.dtype), [&](auto element) {
+      using E = decltype(element);
+      double sum = 0;
+      Extremes<E> extremes;
+      for (int64_t j = begin + threadIdx.x; j < end; j += kThreads) {
+        const auto bits = reinterpret_cast<const typename E::Storage*>(table.data)[offset_of(table, j)];
+        const double x = E::widen(bits);
+        if (kind == NormKind::kSquares)
+          sum += wide_term<NormKind::kSquares>(x, 0);
+        else if (kind == NormKind::kAbs)
+          sum += wide_term<NormKind::kAbs>(x, 0);
+        else if (kind == NormKind::kPow)
+          sum += wide_term<NormKind::kPow>(x, arguments.own.p);
+        else
+          extremes.add(bits);
+      }
+      return sums ? sum : extremes.value(kind);
+    });
+    partial = sums ? block_sum(partial) : block_extreme(kind, partial);
+    if (threadIdx.x != 0) continue;
+    if (kind != NormKind::kCount)
+      arguments.own.partials[i] = partial;
+    else if (partial != 0)
+      arguments.own.partials[0] = 1;
+  }
+}
+
+struct FinishArguments {
+  const double* partials;
+  int64_t slots;
+  double p, max_norm;
+  void* norm;         // of `dtype`
+  double* clip_coef;  // null: `norm` is the combined partial, and no root is taken
+  NormKind kind;
+  Dtype dtype;
+};
+
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ FinishArguments arguments) {
+  const NormKind kind = arguments.kind;
+  double x = identity(kind);
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < arguments.slots; i += kFinishThreads) x = combine(kind, x, arguments.partials[i]);
+  x = block_reduce<kFinishThreads>(x, [kind](double a, double b) { return combine(kind, a, b); });
+  if (threadIdx.x != 0) return;
+  if (arguments.clip_coef != nullptr) {
+    x = arguments.slots > 0 ? root(kind, x, arguments.p) : 0;  // of nothing the norm is 0
+    *arguments.clip_coef = clip_coef(x, arguments.max_norm);
+  }
+  store_scalar(arguments.norm, arguments.dtype, x);
+}
+
+}  // namespace fastclip::cuda

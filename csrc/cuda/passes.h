@@ -1,0 +1,41 @@
+// The passes over a list of tensors in the memory of one CUDA device. They are queued on a stream, wait for nothing and
+// read nothing back; `scratch` may be given back to the stream's allocator as soon as they return.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../clip.h"
+#include "../tensor_list.h"
+
+namespace fastclip::cuda {
+
+struct Queue {
+  int device;
+  void* stream;  // cudaStream_t
+};
+
+// float64 numbers of scratch that a pass over the tensors takes.
+int64_t scratch_size(const std::vector<TensorView>& tensors);
+
+// *result = sum |x|^p, max |x|, min |x| or the number of tensors with a non-zero: the norm before its root.
+void norm_partial(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* result,
+                  Queue queue);
+
+// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
+void scale(const std::vector<TensorView>& tensors, Scalar coef, double* scratch, Queue queue);
+
+// x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
+// The bounds have passed check_bound.
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue);
+
+// *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`; then x *= clip_coef.
+void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
+                    void* norm, Dtype dtype, Queue queue);
+
+// Why the current device cannot run the kernels; null where it can.
+const char* unsupported();
+// The version of CUDA, as 1000 * major + 10 * minor, that the kernels are compiled for.
+int runtime_version();
+
+}  // namespace fastclip::cuda

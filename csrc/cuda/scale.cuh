@@ -1,0 +1,122 @@
+// The passes that write: x *= clip_coef, and x = min(max(x, low), high). Meaning: clip.h.
+#pragma once
+
+#include "chunk_table.h"
+#include "element.cuh"
+
+namespace fastclip::cuda {
+
+// What scaling does to an element; nothing is read where the coefficient is 1 in the dtype of the arithmetic.
+template <class E>
+struct Scale {
+  using Opmath = typename E::Opmath;
+  Opmath clip_coef;
+
+  __device__ explicit Scale(const double* place) : clip_coef(static_cast<Opmath>(*place)) {}
+  __device__ bool is_needed() const { return clip_coef != Opmath{1}; }
+  // Whether x has to be written.
+  __device__ bool operator()(typename E::Storage& x) const {
+    x = E::narrow(E::widen(x) * clip_coef);
+    return true;
+  }
+};
+
+// What clamping does to an element: a NaN stays, and only what is out of bounds changes.
+struct Bounds {
+  double low, high;
+};
+template <class E>
+struct Clamp {
+  using Opmath = typename E::Opmath;
+  Opmath low, high;
+
+  // The bounds are rounded to the dtype of the tensor, as torch does.
+  __device__ explicit Clamp(const Bounds& bounds)
+      : low(E::widen(E::narrow(static_cast<Opmath>(bounds.low)))),
+        high(E::widen(E::narrow(static_cast<Opmath>(bounds.high)))) {}
+  __device__ bool is_needed() const { return true; }
+  __device__ bool operator()(typename E::Storage& x) const {
+    const Opmath before = E::widen(x);
+    Opmath after = before < low ? low : before;
+    after = after > high ? high : after;
+    const bool changes = after < before || after > before;
+    if (changes) x = E::narrow(after);
+    return changes;
+  }
+};
+
+template <class E, class Change>
+__device__ void write_run(const Run<E>& run, const Change& change) {
+  run.for_each_vector([&](Vector<E> vector, Vector<E>* place) {
+    bool changed = false;
+#pragma unroll
+    for (int i = 0; i < Vector<E>::kLanes; ++i) changed = change(vector.lanes[i]) || changed;
+    if (changed) store(place, vector);
+  });
+  run.for_each_edge([&](typename E::Storage* place) {
+    typename E::Storage x = *place;
+    if (change(x)) *place = x;
+  });
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    scale_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
+  if (*arguments.own == 1) return;
+  // Backwards: what the norm read last is still in L2.
+  for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
+    const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
+    with_element(chunk.dtype, [&](auto element) {
+      using E = decltype(element);
+      const Scale<E> scale(arguments.own);
+      if (scale.is_needed()) write_run(Run<E>(chunk.data, chunk.count), scale);
+    });
+  }
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    clamp_kernel(const __grid_constant__ Arguments<Bounds, AnyTable> arguments) {
+  for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
+    const Chunk chunk = find_chunk(arguments.table, i);
+    with_element(chunk.dtype, [&](auto element) {
+      using E = decltype(element);
+      write_run(Run<E>(chunk.data, chunk.count), Clamp<E>(arguments.own));
+    });
+  }
+}
+
+// The same for one tensor with holes; clip_coef is null where it is clamped.
+struct StridedWriteArguments {
+  const double* clip_coef;
+  Bounds bounds;
+  StridedTable table;
+};
+
+template <class E, class Change>
+__device__ void write_strided(const StridedTable& table, const Change& change) {
+  if (!change.is_needed()) return;
+  for (int64_t j = int64_t{blockIdx.x} * kThreads + threadIdx.x; j < table.numel; j += int64_t{gridDim.x} * kThreads) {
+    typename E::Storage* place = reinterpret_cast<typename E::Storage*>(table.data) + offset_of(table, j);
+    typename E::Storage x = *place;
+    if (change(x)) *place = x;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    strided_write_kernel(const __grid_constant__ StridedWriteArguments arguments) {
+  with_element(static_cast<Dtype>(arguments.table.dtype), [&](auto element) {
+    using E = decltype(element);
+    if (arguments.clip_coef != nullptr)
+      write_strided<E>(arguments.table, Scale<E>(arguments.clip_coef));
+    else
+      write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
+  });
+}
+
+// The coefficient of the kernels above, from a number of any dtype or, where there is none, from `value`.
+__global__ void coef_kernel(double* clip_coef, const void* number, Dtype dtype, double value) {
+  *clip_coef = number != nullptr ? load_scalar(number, dtype) : value;
+}
+
+}  // namespace fastclip::cuda
