@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import fastclip
-from fastclip.bench import bars, charts, main, providers, report, run, timing
+from conftest import BACKENDS
+from fastclip import bench
+from fastclip.bench import bars, main, providers, run, timing
 from fastclip.bench.cases import REGIMES, Case, cases, gpu_cases
 from fastclip.bench.gradients import Gradients
 from fastclip.bench.providers import BASELINE, Provider
@@ -204,16 +206,20 @@ def test_measure_interleaves_and_keeps_prepare_out():
 def test_backends_are_forced_only_inside_the_call():
     names = [p.name for p in providers.available(CPU)]
     assert names[:2] == [BASELINE, "torch for-loop"]
-    assert names[2:] == [f"fastclip {n}" for n, reason in fastclip.backends().items() if reason is None]
+    assert names[2:] == [f"fastclip {n}" for n in BACKENDS]
 
 
 # What a GPU adds, looked at without one.
 
-H100 = {"gpu": "NVIDIA H100 80GB HBM3", "sms": 132, "l2_mb": 50, "cuda": "13.0"}
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, L2_cache_size=50 << 20)
 
 
-def gpu_conditions():
-    return report.conditions([], True, CPU) | H100
+@pytest.fixture
+def h100(monkeypatch):
+    """A GPU that is there as long as nothing is asked of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(providers, "available", lambda device: [Provider(f"fastclip {device.type}", fastclip)])
 
 
 def fabricated(case, regime="norm-clip", provider="fastclip cuda", **values):
@@ -336,35 +342,45 @@ def test_bars_of_a_gpu():
     times = {("one-huge-bf16", "norm-clip", "ms"): "miss", ("one-huge-bf16", "norm-noop", "ms"): "pass"}
     assert verdicts("NVIDIA H100 80GB HBM3") == anywhere | times
     assert verdicts("NVIDIA H200") == anywhere
-    text = bars.cells(bars.check(rows, "fastclip cuda", H100))
+    text = bars.cells(bars.check(rows, "fastclip cuda", {"gpu": "NVIDIA H100 80GB HBM3"}))
     assert ["10000-tiny", "norm-clip", "1.900", "<= 1.8", "ms of the host", "miss"] in text
     assert ["one-huge-bf16", "norm-clip", "0.91", ">= 0.909", "of a copy's bandwidth", "pass"] in text
 
 
-def test_report_of_a_gpu(tmp_path):
+def test_report_of_a_gpu(h100, monkeypatch, tmp_path, capsys):
+    """All but the measuring: what is asked for, printed and written."""
     pytest.importorskip("matplotlib")
-    conditions = gpu_conditions() | {"date": "2000-01-01"}
-    rows = [fabricated("a"), fabricated("a", provider="fastclip triton"), fabricated("b", ms=None, check="norm is 1")]
-    listed = [{"name": name, "what": name, "tensors": 1, "elements": 1, "bytes": 4} for name in "ab"]
-    result = {"conditions": conditions, "cases": listed, "rows": rows}
-    assert report.saved_name(conditions) == "2000-01-01-nvidia-h100-80gb-hbm3"
-    assert report.conditions_line(conditions).startswith("2000-01-01, NVIDIA H100 80GB HBM3 (132 SMs, 50 MB of L2), ")
-    text = report.markdown(result)
+    monkeypatch.setattr(time, "strftime", lambda _: "2000-01-01")
+
+    def measured(case, regimes, everyone, plan, device, cold):
+        assert (device.type, cold, plan.budget_s) == ("cuda", True, 1.0)
+        assert [p.name for p in everyone] == ["fastclip cuda"]
+        red = {"ms": None, "check": "norm is 1"} if case.name == "lora-8b-r16" else {}
+        return [fabricated(case.name, **red), fabricated(case.name, provider="fastclip triton")]
+
+    monkeypatch.setattr(bench, "run_case", measured)
+    cases = [f"--case={name}" for name in ("2000-tiny", "lora-8b-r16")]
+    assert main(["--device", "cuda", *cases, "--check-bars", "--save", str(tmp_path)]) == 1
+    saved = {path.suffix: path for path in tmp_path.iterdir()}
+    assert {path.stem for path in saved.values()} == {"2000-01-01-nvidia-h100-80gb-hbm3"}
+    report = json.loads(saved[".json"].read_text())
+    assert report["conditions"]["gpu"] == H100.name
+    assert [bar["verdict"] for bar in report["bars"] if bar["case"] == "2000-tiny"] == ["not measured", "pass"]
+    text = saved[".md"].read_text()
+    assert "2000-01-01, NVIDIA H100 80GB HBM3 (132 SMs, 50 MB of L2), CUDA " in text
     assert "| ms | p10 - p90 | host ms | ratio | GB/s | of copy |" in text
     assert "| fastclip cuda | 2.000 | 1.000 - 3.000 | 0.250 | 4.00 | 8.0 | 0.95 |" in text
     assert "| norm-clip | fastclip cuda |  |  |  |  |  |  |  | RED: norm is 1 |" in text
-    charts.ratio_chart(result, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert saved[".png"].read_bytes().startswith(b"\x89PNG")
+    assert "host ms" in capsys.readouterr().out
 
 
-def test_device_cuda_has_its_own_cases(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(providers, "available", lambda device: [Provider(device.type, fastclip)])
+def test_device_cuda_has_its_own_cases(h100, capsys):
     assert main(["--device", "cuda", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(f"{name}: " in out for name in gpu_cases())
     assert "resnet50" not in out
-    assert "providers: cuda" in out
+    assert "providers: fastclip cuda" in out
 
 
 def test_device_cuda_without_one(monkeypatch, capsys):
