@@ -295,6 +295,7 @@ def test_gate_finds_the_element_in_any_batch(chunk):
     """Pieces of many tensors are compared at once; what differs is still named."""
     gradients = Gradients(Case("x", "", tuple(((n,), d) for n in (5, 1, 200, 4) for d in (torch.float32,) * 2)), CPU)
     gradients.chunk = chunk
+    assert all(sum(len(g) for _, g, _ in batch) <= chunk for batch in gradients._batches())
     value = next(regime for regime in REGIMES if regime.name == "value-noop")
     assert gradients.differences(value, None) is None
     for i, k in ((0, 0), (2, 0), (4, 0), (5, 199), (7, 3)):
