@@ -50,8 +50,9 @@ def takes(choice: str | None, tensors) -> bool:
     return choice is None or all(BACKENDS[choice].refuses(t) is None for t in tensors)
 
 
-def cpu(tensors) -> list[torch.Tensor]:
-    return [t.cpu() for t in tensors]
+def assert_same(ours, theirs) -> None:
+    """Check that tensors are equal bit by bit, wherever they are."""
+    reference.assert_bits([t.cpu() for t in ours], [t.cpu() for t in theirs])
 
 
 # Every case against the oracle
@@ -87,7 +88,7 @@ def test_clip(choice, case, dtype, fence):
         reference.scale_rounded_(on_cpu, reference.clip_coef(wide.item(), max_norm))
         with reference.during(norm_type):
             reference.assert_norm(wide, norm, torch.float64)
-            reference.assert_bits(cpu(tensors), on_cpu)
+            assert_same(tensors, on_cpu)
             assert beside.outside_unchanged()
 
 
@@ -102,7 +103,7 @@ def test_bounds(choice, max_norm, dtype):
         norm = fastclip.clip_grad_norm_(parameters(tensors), max_norm, norm_dtype=torch.float64)
         reference.scale_rounded_(expected, reference.clip_coef(norm.item(), max_norm))
         with reference.during(special):
-            reference.assert_bits(cpu(tensors), expected)
+            assert_same(tensors, expected)
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
@@ -115,7 +116,21 @@ def test_split_pair(choice, case, dtype):
     total_norm = fastclip.get_total_norm(apart, norm_dtype=torch.float64)
     assert total_norm.item() == pytest.approx(norm.item(), rel=3e-16, abs=0, nan_ok=True)
     fastclip.clip_grads_with_norm_(parameters(apart), 0.7, norm)
-    reference.assert_bits(cpu(apart), cpu(together))
+    assert_same(apart, together)
+
+
+@pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
+def test_ops_agree_with_the_functions(engine, case, dtype):
+    """The op, as a trace calls it, and the short way of plain lists."""
+    ours, theirs = (clone(case.make(dtype), GPU) for _ in range(2))
+    if not takes(engine, ours):
+        return
+    norm = BACKENDS[engine].clip_grad_norm_(ours, 0.3, 2.0, dtype=torch.float64)
+    expected = fastclip.clip_grad_norm_(parameters(theirs), 0.3, norm_dtype=torch.float64)
+    assert_same([norm, *ours], [expected, *theirs])
+    BACKENDS[engine].clamp_(ours, -0.01, 0.01)
+    fastclip.clip_grad_value_(parameters(theirs), 0.01)
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
@@ -129,7 +144,7 @@ def test_value(choice, case, dtype, fence):
         torch.nn.utils.clip_grad_value_(parameters(on_cpu), clip_value)
         fastclip.clip_grad_value_(parameters(tensors), clip_value)
         with reference.during(clip_value):
-            reference.assert_bits(cpu(tensors), on_cpu)
+            assert_same(tensors, on_cpu)
             assert beside.outside_unchanged()
 
 
@@ -158,9 +173,9 @@ def test_number_of_tensors(choice, count, fence):
         norm = fastclip.clip_grad_norm_(parameters(tensors), expected / 3, norm_type, norm_dtype=torch.float64)
         reference.assert_norm(norm, expected, torch.float64)
         reference.scale_rounded_(on_cpu, reference.clip_coef(norm.item(), expected / 3))
-        reference.assert_bits(cpu(tensors), on_cpu)
+        assert_same(tensors, on_cpu)
     fastclip.clip_grad_value_(parameters(tensors), 0.1)
-    reference.assert_bits(cpu(tensors), reference.clip_by_value(on_cpu, 0.1))
+    assert_same(tensors, reference.clip_by_value(on_cpu, 0.1))
     assert beside.outside_unchanged()
 
 
@@ -231,10 +246,6 @@ def clipped():
     """What `clip` leaves of fresh gradients: the norm and the gradients."""
     grads = gradients()
     return [clip(parameters(grads)), *grads]
-
-
-def assert_same(ours, theirs):
-    reference.assert_bits(cpu(ours), cpu(theirs))
 
 
 @pytest.mark.parametrize("norm_type", reference.NORM_TYPES)
