@@ -11,7 +11,7 @@ import torch
 
 import fastclip
 from conftest import BACKENDS
-from fastclip import bench
+from fastclip import _dispatch, bench
 from fastclip.bench import bars, main, providers, run, timing
 from fastclip.bench.cases import REGIMES, Case, cases, gpu_cases
 from fastclip.bench.gradients import Gradients
@@ -382,6 +382,27 @@ def test_device_cuda_has_its_own_cases(h100, capsys):
     assert all(f"{name}: " in out for name in gpu_cases())
     assert "resnet50" not in out
     assert "providers: fastclip cuda" in out
+
+
+def test_providers_of_a_gpu(monkeypatch):
+    """No loops where there are kernels; others where they can be imported."""
+    takes = SimpleNamespace(unavailable=lambda: None, refuses=lambda tensor: None)
+    refuses = SimpleNamespace(unavailable=lambda: None, refuses=lambda tensor: "a GPU")
+    missing = SimpleNamespace(unavailable=lambda: "not installed")
+    for name in ("apex", "apex.contrib", "transformer_engine"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+
+    def names(**backends):
+        monkeypatch.setattr(_dispatch, "BACKENDS", backends)
+        return [provider.name for provider in providers.available(torch.device("cuda"))]
+
+    kernels = names(native=refuses, cuda=takes, triton=takes, eager=takes)
+    assert kernels == [BASELINE, "fastclip cuda", "fastclip triton"]
+    monkeypatch.setitem(sys.modules, "apex.contrib.clip_grad", SimpleNamespace(clip_grad_norm_=None))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(optimizers=None))
+    loops = names(native=refuses, cuda=missing, triton=missing, eager=takes)
+    assert loops == [BASELINE, "fastclip eager", "apex", "TransformerEngine"]
 
 
 def test_device_cuda_without_one(monkeypatch, capsys):

@@ -47,16 +47,16 @@ def available(device: torch.device) -> list[Provider]:
         for name, backend in _dispatch.BACKENDS.items()
         if backend.unavailable() is None and backend.refuses(tensor) is None
     ]
-    # On a GPU a loop over tensors is no one's choice.
-    loop = (
-        [] if device.type == "cuda" else [Provider("torch for-loop", torch.nn.utils, {"foreach": False}, gated=False)]
-    )
-    return [
-        Provider(BASELINE, torch.nn.utils, {"foreach": True}, gated=False),
-        *loop,
-        *(Provider(f"fastclip {name}", fastclip, scope=partial(fastclip.use_backend, name)) for name in backends),
-        *(_others() if device.type == "cuda" else []),
-    ]
+    torchs = [Provider(BASELINE, torch.nn.utils, {"foreach": True}, gated=False)]
+    others = []
+    if device.type == "cuda":
+        # A loop over tensors, torch's or eager's, is no one's choice on a GPU that has kernels.
+        backends = [name for name in backends if name != "eager"] or backends
+        others = _others()
+    else:
+        torchs.append(Provider("torch for-loop", torch.nn.utils, {"foreach": False}, gated=False))
+    ours = [Provider(f"fastclip {name}", fastclip, scope=partial(fastclip.use_backend, name)) for name in backends]
+    return [*torchs, *ours, *others]
 
 
 def _others() -> list[Provider]:
