@@ -73,10 +73,23 @@ def wants_cuda():
     choice = os.environ.get("USE_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"fastclip: USE_CUDA must be 0, 1 or unset, got {choice!r}")
-    missing = "" if find_nvcc() else "no nvcc is on PATH or in CUDA_HOME"
-    if choice == "1" and missing:
+    missing = choice != "0" and why_not_cuda()
+    if missing and choice == "1":
         sys.exit(f"fastclip: USE_CUDA=1, but {missing}")
+    if missing:
+        print(f"fastclip: {missing}: building without the CUDA kernels", flush=True)
     return choice != "0" and not missing
+
+
+def why_not_cuda():
+    """Why the CUDA library cannot be built; None where it can. Arguments of more than 4 KB came with CUDA 12.1."""
+    if not (nvcc := find_nvcc()):
+        return "no nvcc is on PATH or in CUDA_HOME"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if not release or (int(release[1]), int(release[2])) < (12, 1):
+        return f"{nvcc} is release {release[0].partition(' ')[2] if release else 'unknown'}, and 12.1 is needed"
+    return None
 
 
 def extensions():
