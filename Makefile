@@ -1,7 +1,10 @@
-# Each target makes .venv if it is missing, installs what it needs there, and passes ARGS= on.
+# Each target but gpu makes .venv if it is missing, installs what it needs there, and passes ARGS= on.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
+# For gpu, which downloads nothing: a Python that has torch for CUDA, and which parts to run (none: all).
+GPU_PYTHON ?= python3
+PART ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +18,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format wheel clean
+.PHONY: help run test bench gpu lint format wheel clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -32,6 +35,9 @@ test: $(STAMP) ## Run the tests
 
 bench: $(STAMP) ## Compare speed and error with torch
 	@$(BIN)/python -m fastclip bench $(ARGS)
+
+gpu: ## On a machine with a CUDA GPU and nvcc: build for it, test, benchmark, sanitize
+	@GPU_PYTHON='$(GPU_PYTHON)' ARGS='$(ARGS)' bash .ci/gpu $(PART)
 
 lint: $(STAMP) ## Check style: ruff for Python, clang-format for C++
 	@$(BIN)/ruff check .

@@ -37,14 +37,14 @@ def _master(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
     return case.build(dtype, torch.Generator().manual_seed(1234))
 
 
-def clone(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copy whole storages, guard bands included, and take the same views of them."""
+def clone(tensors: list[torch.Tensor], device: torch.device | None = None) -> list[torch.Tensor]:
+    """Copy whole CPU storages, guard bands included, to a device, and take the same views of them."""
     storages: dict[tuple, torch.Tensor] = {}
     same: dict[int, torch.Tensor] = {}
     for t in tensors:
         key = t.untyped_storage().data_ptr(), t.dtype
         if key not in storages:
-            storages[key] = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+            storages[key] = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device, copy=True)
         if id(t) not in same:
             same[id(t)] = storages[key].as_strided(t.shape, t.stride(), t.storage_offset())
     return [same[id(t)] for t in tensors]

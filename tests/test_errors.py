@@ -277,7 +277,7 @@ def everything_listed(message: str) -> bool:
 
 def test_backends_lists_reasons():
     listed = fastclip.backends()
-    assert list(listed) == [n for n in ("native", "triton", "eager") if n in listed]
+    assert list(listed) == [n for n in ("native", "cuda", "triton", "eager") if n in listed]
     assert "eager" in listed
     assert listed["eager"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in listed.values())

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from . import bars, charts, providers, report
-from .cases import REGIMES, Case, cases
+from .cases import REGIMES, Case, cases, gpu_cases
 from .run import run_case
 from .timing import Plan
 
 _FULL = Plan(budget_s=6.0, least=7, most=300)
 _QUICK = Plan(budget_s=0.15, least=3, most=30)
+_GPU = Plan(budget_s=1.0, least=7, most=100)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
-    chosen = {name: case for name, case in cases(options.quick).items() if name in (options.case or name)}
+    device = torch.device(options.device)
+    listed = _cases(options.device, options.quick)
+    chosen = {name: case for name, case in listed.items() if name in (options.case or name)}
     regimes = [regime for regime in REGIMES if regime.name in (options.regime or regime.name)]
-    everyone = providers.available()
+    everyone = providers.available(device)
     preferred = next(provider for provider in everyone if provider.gated)
     measured = [provider for provider in everyone if provider.name in (options.provider or provider.name)]
     if options.quick and not options.provider:
@@ -48,24 +51,31 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = _QUICK if options.quick else _FULL
+    cold = options.cold or device.type == "cuda"
+    plan = _QUICK if options.quick else _GPU if device.type == "cuda" else _FULL
     if options.rounds:
         plan = Plan(budget_s=0.0, least=options.rounds, most=options.rounds)
 
-    result: dict[str, Any] = {"schema": 1, "conditions": report.conditions(argv, options.cold), "cases": [], "rows": []}
-    print(report.conditions_line(result["conditions"]))
+    conditions = report.conditions(argv, cold, device)
+    result: dict[str, Any] = {"schema": 1, "conditions": conditions, "cases": [], "rows": []}
+    print(report.conditions_line(conditions))
+    header = report.header(conditions)
     for case in chosen.values():
-        rows = run_case(case, regimes, measured, plan, torch.device("cpu"), options.cold)
-        report.print_table(report.case_title(_entry(case)), report.HEADER, [report.cells(row) for row in rows])
+        rows = run_case(case, regimes, measured, plan, device, cold)
+        report.print_table(report.case_title(_entry(case)), header, [report.cells(row, header) for row in rows])
         result["cases"].append(_entry(case))
         result["rows"] += rows
     failed = any(row["ms"] is None for row in result["rows"])
     if options.check_bars:
-        result["bars"] = bars.check(result["rows"], preferred.name)
+        result["bars"] = bars.check(result["rows"], preferred.name, conditions)
         report.print_table(f"bars for {preferred.name}", bars.HEADER, bars.cells(result["bars"]))
         failed = failed or any(bar["verdict"] == "miss" for bar in result["bars"])
     _write(result, options)
     return int(failed)
+
+
+def _cases(device: str, quick: bool) -> dict[str, Case]:
+    return gpu_cases() if device == "cuda" else cases(quick)
 
 
 def _entry(case: Case) -> dict[str, Any]:
@@ -88,16 +98,29 @@ def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
+    # First of all the device: the names of cases and providers are those that it has.
+    on = argparse.ArgumentParser(add_help=False)
+    on.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the gradients are (default: cpu)")
     parser = argparse.ArgumentParser(
         prog="python -m fastclip bench",
         description="Time fastclip beside torch in one process; nothing gets a time before it agrees with float64.",
+        parents=[on],
     )
+    device = on.parse_known_args(argv)[0].device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     add = parser.add_argument
     add("--list", action="store_true", help="list cases, regimes and providers, then stop")
-    add("--case", action="append", choices=list(cases()), metavar="NAME", help="only this case; repeatable")
+    add(
+        "--case",
+        action="append",
+        choices=list(_cases(device, False)),
+        metavar="NAME",
+        help="only this case; repeatable",
+    )
     names = [regime.name for regime in REGIMES]
     add("--regime", action="append", choices=names, metavar="NAME", help="only this regime; repeatable")
-    everyone = [provider.name for provider in providers.available()]
+    everyone = [provider.name for provider in providers.available(torch.device(device))]
     add("--provider", action="append", choices=everyone, metavar="NAME", help="only this provider; repeatable")
     add(
         "--quick",
@@ -106,11 +129,16 @@ def _options(argv: list[str]) -> argparse.Namespace:
     )
     add("--rounds", type=int, metavar="N", help="exactly N rounds instead of a time budget")
     add("--threads", type=int, metavar="N", help="torch's threads, which fastclip uses, too")
-    add("--cold", action="store_true", help="evict the gradients from the cache before every timed call")
+    add("--cold", action="store_true", help="evict the gradients from the cache before every timed call, as on a GPU")
     add("--check-bars", action="store_true", help="compare with the required ratios; a miss exits with 1")
     add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="draw the ratios to torch foreach")
-    add("--save", type=Path, metavar="DIR", help="write JSON, markdown and chart, named by date, CPU and cores")
+    add(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write JSON, markdown and chart, named by date, and the GPU, or CPU and cores",
+    )
     options = parser.parse_args(argv)
     for name, least in (("rounds", 2), ("threads", 1)):
         if (number := getattr(options, name)) is not None and number < least:

@@ -1,4 +1,4 @@
-"""The bars that fastclip has to reach on a CPU, and their comparison with measured rows."""
+"""The bars that fastclip has to reach, and their comparison with measured rows."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,16 @@ HEADER = ("case", "regime", "measured", "bar", "unit", "verdict")
 
 
 class Bar(NamedTuple):
-    """What the row of (case, regime) has to hold: `key` at least `limit`, for a time at most."""
+    """What the row of (case, regime) has to hold: `key` at least `limit`, for a time at most.
+
+    A bar with a `card` holds for GPUs with that in their name.
+    """
 
     case: str
     regime: str
     key: str
     limit: float
+    card: str = ""
 
 
 CPU_BARS = (
@@ -29,19 +33,55 @@ CPU_BARS = (
     Bar("1000-tiny", "norm-noop", "ms", 0.3),
     Bar("1000-tiny", "norm-clip", "ms", 0.3),
 )
-_UNITS = {"ratio": "x torch foreach", "share": "of torch.sum's bandwidth", "ms": "ms"}
 
 
-def check(rows: list[dict[str, Any]], provider: str) -> list[dict[str, Any]]:
-    """Compare `provider`'s rows with every bar; a red row, which has no number, is a miss."""
+def _near_a_copy(case: str) -> tuple[Bar, ...]:
+    """For at least 1 GB. Not clipping is the norm and nothing else."""
+    reads = (Bar(case, regime, "share", 0.9) for regime in ("total-norm", "norm-noop"))
+    return (*reads, Bar(case, "norm-clip", "share", 1 / 1.1))
+
+
+def _over_torch(case: str) -> tuple[Bar, ...]:
+    doubles = (Bar(case, regime, "ratio", 2.0) for regime in ("norm-noop", "value-noop", "value-clip"))
+    return (*doubles, Bar(case, "norm-clip", "ratio", 1.3))
+
+
+def _host(case: str, ms: float) -> tuple[Bar, ...]:
+    return tuple(Bar(case, regime, "host_ms", ms) for regime in ("norm-noop", "norm-clip"))
+
+
+GPU_BARS = (
+    *_near_a_copy("llama3-8b-1of8"),
+    *_over_torch("llama3-8b-1of8"),
+    *_near_a_copy("llama3-8b-1of8-fp32"),
+    *_over_torch("llama3-8b-1of8-fp32"),
+    *_over_torch("llama3-8b-1of64"),
+    *_over_torch("llama3-8b-1of64-fp32"),
+    *_near_a_copy("one-huge-bf16"),
+    Bar("one-huge-bf16", "norm-noop", "ms", 1.1, card="H100"),
+    Bar("one-huge-bf16", "norm-clip", "ms", 3.3, card="H100"),
+    Bar("500-mixed", "norm-clip", "ms", 1.0, card="H100"),
+    *_near_a_copy("2000x1024x1024"),
+    *_host("2000-tiny", 0.3),
+    *_host("10000-tiny", 1.8),
+)
+_UNITS = {"ratio": "x torch foreach", "ms": "ms", "host_ms": "ms of the host"}
+
+
+def check(rows: list[dict[str, Any]], provider: str, conditions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare `provider`'s rows with every bar of the device; a red row, which has no number, is a miss."""
     found = {(row["case"], row["regime"]): row for row in rows if row["provider"] == provider}
+    gpu = conditions.get("gpu")
+    units = _UNITS | {"share": "of a copy's bandwidth" if gpu else "of torch.sum's bandwidth"}
     results = []
-    for bar in CPU_BARS:
+    for bar in GPU_BARS if gpu else CPU_BARS:
+        if bar.card not in (gpu or ""):
+            continue
         row = found.get((bar.case, bar.regime))
         measured = row and row[bar.key]
-        holds = measured is not None and (measured <= bar.limit if bar.key == "ms" else measured >= bar.limit)
+        holds = measured is not None and (measured <= bar.limit if _is_time(bar.key) else measured >= bar.limit)
         verdict = "not measured" if row is None else "pass" if holds else "miss"
-        results.append({**bar._asdict(), "measured": measured, "verdict": verdict})
+        results.append({**bar._asdict(), "unit": units[bar.key], "measured": measured, "verdict": verdict})
     return results
 
 
@@ -49,7 +89,11 @@ def cells(results: list[dict[str, Any]]) -> list[list[str]]:
     """The comparison as text, one cell per column of HEADER."""
     rows = []
     for r in results:
-        digits, relation = (3, "<=") if r["key"] == "ms" else (2, ">=")
+        digits, relation = (3, "<=") if _is_time(r["key"]) else (2, ">=")
         measured = "" if r["measured"] is None else f"{r['measured']:.{digits}f}"
-        rows.append([r["case"], r["regime"], measured, f"{relation} {r['limit']}", _UNITS[r["key"]], r["verdict"]])
+        rows.append([r["case"], r["regime"], measured, f"{relation} {r['limit']:.3g}", r["unit"], r["verdict"]])
     return rows
+
+
+def _is_time(key: str) -> bool:
+    return key.endswith("ms")

@@ -7,6 +7,7 @@ import torch
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 _GIB = 1 << 30
+_FP32, _BF16 = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -99,34 +100,74 @@ def _lstm() -> list[tuple[int, ...]]:
     ]
 
 
-def _lora_8b(rank: int = 16) -> list[tuple[int, ...]]:
+def _lora(rank: int = 16) -> Case:
     projections = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096))  # q, k, v, o as (in, out)
-    return [shape for inp, out in projections for shape in ((rank, inp), (out, rank))] * 32
+    shapes = [shape for inp, out in projections for shape in ((rank, inp), (out, rank))] * 32
+    return Case("lora-8b-r16", "LoRA of rank 16 on q, k, v, o of Llama-3-8B, float32", _specs(shapes, _FP32))
 
 
-def _llama3_8b_shard(ranks: int = 64) -> list[tuple[int, ...]]:
+def _llama3_8b_shard(ranks: int) -> list[tuple[int, ...]]:
     d, kv, ffn, vocab = 4096, 1024, 14336, 128256
     layer = [(d, d), (kv, d), (kv, d), (d, d), (ffn, d), (ffn, d), (d, ffn), (d,), (d,)]
     whole = [(vocab, d), *layer * 32, (d,), (vocab, d)]
     return [(rows // ranks, *rest) for rows, *rest in whole]  # sharded along dim 0, which 64 divides everywhere
 
 
+def _by_name(*listed: Case) -> dict[str, Case]:
+    return {case.name: case for case in listed}
+
+
+def _gpt2_cases() -> tuple[Case, ...]:
+    return (
+        Case("gpt2-124m-fp32", "GPT-2 124M, float32", _specs(_gpt2(), _FP32)),
+        Case("gpt2-124m-bf16", "GPT-2 124M, bfloat16", _specs(_gpt2(), _BF16)),
+    )
+
+
+def _many(name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype = _FP32) -> Case:
+    sizes = " x ".join(map(str, shape))
+    return Case(name, f"{count:,} tensors of {sizes}, {_name(dtype)}", _specs([shape] * count, dtype))
+
+
+def _shard(ranks: int, dtype: torch.dtype, suffix: str = "") -> Case:
+    what = f"one of {ranks} shards of Llama-3-8B, {_name(dtype)}"
+    return Case(f"llama3-8b-1of{ranks}{suffix}", what, _specs(_llama3_8b_shard(ranks), dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def cases(quick: bool = False) -> dict[str, Case]:
-    """All cases by name; `quick` makes the one huge tensor 128 MiB instead of 1 GiB."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    huge = (_GIB // 8 if quick else _GIB) // fp32.itemsize
-    return {
-        case.name: case
-        for case in (
-            Case("gpt2-124m-fp32", "GPT-2 124M, float32", _specs(_gpt2(), fp32)),
-            Case("gpt2-124m-bf16", "GPT-2 124M, bfloat16", _specs(_gpt2(), bf16)),
-            Case("resnet50", "ResNet-50, float32", _specs(_resnet50(), fp32)),
-            Case("lstm", "LSTM 28-128 x 2 layers and a linear head, float32", _specs(_lstm(), fp32)),
-            Case("1000x64x64", "1,000 tensors of 64 x 64, float32", _specs([(64, 64)] * 1000, fp32)),
-            Case("1000-tiny", "1,000 tensors of 64, float32", _specs([(64,)] * 1000, fp32)),
-            Case("10000-tiny", "10,000 tensors of 64, float32", _specs([(64,)] * 10_000, fp32)),
-            Case("one-huge", "one float32 tensor", _specs([(huge,)], fp32)),
-            Case("lora-8b-r16", "LoRA of rank 16 on q, k, v, o of Llama-3-8B, float32", _specs(_lora_8b(), fp32)),
-            Case("llama3-8b-1of64", "one of 64 shards of Llama-3-8B, bfloat16", _specs(_llama3_8b_shard(), bf16)),
-        )
-    }
+    """All cases of a CPU by name; `quick` makes the one huge tensor 128 MiB instead of 1 GiB."""
+    huge = (_GIB // 8 if quick else _GIB) // _FP32.itemsize
+    return _by_name(
+        *_gpt2_cases(),
+        Case("resnet50", "ResNet-50, float32", _specs(_resnet50(), _FP32)),
+        Case("lstm", "LSTM 28-128 x 2 layers and a linear head, float32", _specs(_lstm(), _FP32)),
+        _many("1000x64x64", 1000, (64, 64)),
+        _many("1000-tiny", 1000, (64,)),
+        _many("10000-tiny", 10_000, (64,)),
+        Case("one-huge", "one float32 tensor", _specs([(huge,)], _FP32)),
+        _lora(),
+        _shard(64, _BF16),
+    )
+
+
+def gpu_cases() -> dict[str, Case]:
+    """All cases of a GPU by name; the largest takes 13 GB: the gradients, their saved copy and a target to copy to."""
+    mixed = [((600, 750), dtype) for dtype in (_FP32, _BF16)] * 250
+    return _by_name(
+        *_gpt2_cases(),
+        _shard(8, _BF16),
+        _shard(8, _FP32, "-fp32"),
+        _shard(64, _BF16),
+        _shard(64, _FP32, "-fp32"),
+        Case("one-huge-bf16", "one bfloat16 tensor", _specs([(1_536_000_000,)], _BF16)),
+        Case("500-mixed", "500 matrices, float32 and bfloat16 in turn", tuple(mixed)),
+        _many("2000x1024x1024", 2000, (1024, 1024), _BF16),
+        _lora(),
+        _many("1000x64x64", 1000, (64, 64)),
+        _many("2000-tiny", 2000, (64,)),
+        _many("10000-tiny", 10_000, (64,)),
+    )

@@ -43,7 +43,8 @@ def ratio_chart(report: dict[str, Any], path: Path) -> None:
         axes.set_title(what, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.suptitle("fastclip against torch foreach: how many times as fast (1 = the same, log axis)")
+    clock = " on the device" if "gpu" in report["conditions"] else ""
+    figure.suptitle(f"fastclip against torch foreach: how many times as fast{clock} (1 = the same, log axis)")
     columns = int(17 * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(conditions_line(report["conditions"]), columns), fontsize=7)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)

@@ -1,13 +1,16 @@
 """The tensors of a case on a device, their float64 reference, and the gate that compares with it."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
 from .cases import Case, Regime
 
-# Float64 copies stay in the cache, and torch starts no threads for pieces of this size: its barriers would cost more.
-_CHUNK = 1 << 15
+# Elements that are compared at once. On a CPU their float64 copies stay in the cache, and torch starts no threads for
+# so few: its barriers would cost more. On a GPU they are enough to be worth the wait for the verdict.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 25}
 
 
 class Gradients:
@@ -18,7 +21,7 @@ class Gradients:
 
     def __init__(self, case: Case, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
-        self.device = device
+        self.chunk = _CHUNK[device.type]
         self.flat: dict[torch.dtype, torch.Tensor] = {}
         saved: dict[torch.dtype, list[torch.Tensor]] = {}
         for dtype in {dtype: None for _, dtype in case.tensors}:
@@ -29,12 +32,11 @@ class Gradients:
         self.saved = [saved[dtype].pop().view(shape) for shape, dtype in case.tensors]
         self.grads = [s.clone() for s in self.saved]
         self.parameters = [_parameter(g) for g in self.grads]
-        self.total_norm = math.sqrt(sum(_squares(c) for flat in self.flat.values() for c in flat.split(_CHUNK)))
+        self.total_norm = math.sqrt(sum(_squares(c) for flat in self.flat.values() for c in flat.split(self.chunk)))
 
     def restore(self) -> None:
         """Write the saved values back."""
-        for grad, saved in zip(self.grads, self.saved, strict=True):
-            grad.copy_(saved)
+        torch._foreach_copy_(self.grads, self.saved)
 
     def read(self) -> None:
         """Read every gradient once."""
@@ -58,23 +60,43 @@ class Gradients:
             if not self.norm_error(returned) <= _tolerance(returned.dtype):
                 return f"norm is {float(returned):.9g} where float64 has {self.total_norm:.9g}"
         arguments = regime.arguments(self.total_norm)
-        for i, (grad, saved) in enumerate(zip(self.grads, self.saved, strict=True)):
-            for g, s in zip(grad.flatten().split(_CHUNK), saved.flatten().split(_CHUNK), strict=True):
-                if regime.name == "norm-clip":
-                    want = s.double() * (arguments[0] / (self.total_norm + 1e-6))
-                    wrong = ~((g.double() - want).abs() <= _tolerance(g.dtype) * want.abs())
-                else:
-                    want = s.clamp(-arguments[0], arguments[0]) if regime.name == "value-clip" else s
-                    wrong = g != want
-                if wrong.any():
-                    k = int(wrong.int().argmax())
-                    return f"gradient {i} {tuple(grad.shape)} has {float(g[k]):.9g} instead of {float(want[k]):.9g}"
+        for pieces in self._batches():
+            g, s = (_joined(list(column)) for column in list(zip(*pieces, strict=True))[1:])
+            if regime.name == "norm-clip":
+                want = s.double() * (arguments[0] / (self.total_norm + 1e-6))
+                wrong = ~((g.double() - want).abs() <= _tolerance(g.dtype) * want.abs())
+            else:
+                want = s.clamp(-arguments[0], arguments[0]) if regime.name == "value-clip" else s
+                wrong = g != want
+            if wrong.any():
+                k = int(wrong.int().argmax())
+                ends = itertools.accumulate(len(piece) for _, piece, _ in pieces)
+                i = next(i for (i, _, _), end in zip(pieces, ends, strict=True) if k < end)
+                shape = tuple(self.grads[i].shape)
+                return f"gradient {i} {shape} has {float(g[k]):.9g} instead of {float(want[k]):.9g}"
         return None
+
+    def _batches(self) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+        """Pieces (index, gradient, saved) of one dtype, at most a chunk of elements together."""
+        batch, room = [], 0
+        for i, (grad, saved) in enumerate(zip(self.grads, self.saved, strict=True)):
+            for g, s in zip(grad.flatten().split(self.chunk), saved.flatten().split(self.chunk), strict=True):
+                if batch and (len(g) > room or g.dtype != batch[-1][1].dtype):
+                    yield batch
+                    batch = []
+                room = (room if batch else self.chunk) - len(g)
+                batch.append((i, g, s))
+        if batch:
+            yield batch
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     """One rounding to `dtype`, and room for a float32 coefficient and its product."""
     return torch.finfo(dtype).eps / 2 + 2**-22
+
+
+def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _squares(chunk: torch.Tensor) -> float:

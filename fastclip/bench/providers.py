@@ -1,14 +1,17 @@
-"""Who is measured: torch's two ways and every fastclip backend that is available here."""
+"""Who is measured: torch, every fastclip backend that is available here, and on a GPU others that are installed."""
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import fastclip
+from fastclip import _dispatch
 
 from .cases import Regime
 from .gradients import Gradients
@@ -26,6 +29,9 @@ class Provider:
     scope: Callable[[], AbstractContextManager] = nullcontext
     gated: bool = True
 
+    def has(self, regime: Regime) -> bool:
+        return hasattr(self.functions, regime.function)
+
     def call(self, regime: Regime, gradients: Gradients) -> Callable[[], torch.Tensor | None]:
         """The call of `regime` over `gradients` with all its arguments bound."""
         targets = gradients.grads if regime.function == "get_total_norm" else gradients.parameters
@@ -33,11 +39,52 @@ class Provider:
         return partial(getattr(self.functions, regime.function), targets, *arguments, **self.options)
 
 
-def available() -> list[Provider]:
-    """The providers of this machine: the baseline first, then fastclip's backends in order of preference."""
-    backends = [name for name, reason in fastclip.backends().items() if reason is None]
-    return [
-        Provider(BASELINE, torch.nn.utils, {"foreach": True}, gated=False),
-        Provider("torch for-loop", torch.nn.utils, {"foreach": False}, gated=False),
-        *(Provider(f"fastclip {name}", fastclip, scope=partial(fastclip.use_backend, name)) for name in backends),
+def available(device: torch.device) -> list[Provider]:
+    """The providers for a device: the baseline first, then fastclip's backends in order of preference."""
+    tensor = torch.empty(0, device=device)
+    backends = [
+        name
+        for name, backend in _dispatch.BACKENDS.items()
+        if backend.unavailable() is None and backend.refuses(tensor) is None
     ]
+    torchs = [Provider(BASELINE, torch.nn.utils, {"foreach": True}, gated=False)]
+    others = []
+    if device.type == "cuda":
+        # A loop over tensors, torch's or eager's, is no one's choice on a GPU that has kernels.
+        backends = [name for name in backends if name != "eager"] or backends
+        others = _others()
+    else:
+        torchs.append(Provider("torch for-loop", torch.nn.utils, {"foreach": False}, gated=False))
+    ours = [Provider(f"fastclip {name}", fastclip, scope=partial(fastclip.use_backend, name)) for name in backends]
+    return [*torchs, *ours, *others]
+
+
+def _others() -> list[Provider]:
+    """What else clips by norm on a GPU, where it can be imported; not judged, as torch is not."""
+    found = []
+    with contextlib.suppress(ImportError):
+        from apex.contrib.clip_grad import clip_grad_norm_
+
+        found.append(Provider("apex", SimpleNamespace(clip_grad_norm_=clip_grad_norm_), gated=False))
+    with contextlib.suppress(ImportError):
+        from transformer_engine.pytorch import optimizers
+
+        clip = partial(_clip_with_multi_tensor, optimizers)
+        found.append(Provider("TransformerEngine", SimpleNamespace(clip_grad_norm_=clip), gated=False))
+    return found
+
+
+def _clip_with_multi_tensor(optimizers: Any, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """The kernels in the order in which Megatron-LM calls them; its wait for the coefficient is part of it."""
+    lists: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        lists.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    overflow = torch.zeros(1, dtype=torch.int, device=parameters[0].device)
+    apply = optimizers.multi_tensor_applier
+    norms = [apply(optimizers.multi_tensor_l2norm, overflow, [grads], False)[0] for grads in lists.values()]
+    total_norm = torch.linalg.vector_norm(torch.stack(norms))
+    clip_coef = max_norm / (float(total_norm) + 1e-6)
+    if clip_coef < 1:
+        for grads in lists.values():
+            apply(optimizers.multi_tensor_scale, overflow, [grads, grads], clip_coef)
+    return total_norm

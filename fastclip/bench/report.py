@@ -17,12 +17,20 @@ from fastclip._ops import cpu_isa
 
 from . import bars
 
-HEADER = ("regime", "provider", "ms", "p10 - p90", "ratio", "GB/s", "of sum", "norm error", "check")
+_TEXT = {"regime", "provider", "case", "check", "unit", "verdict"}
 
 
-def conditions(argv: list[str], cold: bool) -> dict[str, Any]:
+def header(conditions: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of the tables: on a GPU the host has one of its own."""
+    gpu = "gpu" in conditions
+    times = ("ms", "p10 - p90", *(("host ms",) if gpu else ()))
+    return ("regime", "provider", *times, "ratio", "GB/s", "of copy" if gpu else "of sum", "norm error", "check")
+
+
+def conditions(argv: list[str], cold: bool, device: torch.device) -> dict[str, Any]:
     """Where and how the numbers are made."""
     return {
+        **(_gpu(device) if device.type == "cuda" else {}),
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -41,16 +49,17 @@ def conditions_line(c: dict[str, Any]) -> str:
     """The conditions as the one line beside every table and chart."""
     isa = f" ({c['isa']})" if c["isa"] else ""
     commit = f" at {c['commit']}" if c["commit"] else ""
-    return (
-        f"{c['date']}, {c['cpu']}, {c['cores']} cores, {c['threads']} threads, load {c['load']}, {c['caches']} caches, "
-        f"torch {c['torch']}, fastclip {c['fastclip']}{isa}{commit}: {c['command']}"
-    )
+    gpu = f"{c['gpu']} ({c['sms']} SMs, {c['l2_mb']} MB of L2), CUDA {c['cuda']}, " if "gpu" in c else ""
+    cpu = f"{c['cpu']}, {c['cores']} cores, {c['threads']} threads, load {c['load']}"
+    versions = f"torch {c['torch']}, fastclip {c['fastclip']}{isa}{commit}"
+    return f"{c['date']}, {gpu}{cpu}, {c['caches']} caches, {versions}: {c['command']}"
 
 
 def saved_name(c: dict[str, Any]) -> str:
-    """The name of a saved run's files, without suffix: date, CPU and cores."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(r\)|\(tm\)|@.*", "", c["cpu"].lower())).strip("-")
-    return f"{c['date']}-{cpu}-{c['cores']}c" + ("-cold" if c["caches"] == "cold" else "")
+    """The name of a saved run's files, without suffix: date, and the GPU, or CPU and cores."""
+    if "gpu" in c:
+        return f"{c['date']}-{_slug(c['gpu'])}"
+    return f"{c['date']}-{_slug(c['cpu'])}-{c['cores']}c" + ("-cold" if c["caches"] == "cold" else "")
 
 
 def case_title(case: dict[str, Any]) -> str:
@@ -59,15 +68,18 @@ def case_title(case: dict[str, Any]) -> str:
     return f"{case['name']}: {case['what']}; {case['tensors']:,} tensors, {case['elements']:,} elements, {megabytes}"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, one cell per column of HEADER; a red row has no number and says what differed."""
+def cells(row: dict[str, Any], header: Sequence[str]) -> list[str]:
+    """A row as text, one cell per column of the header; a red row has no number and says what differed."""
+    texts = {"regime": row["regime"], "provider": row["provider"], "check": row["check"]}
     if row["ms"] is None:
-        return [row["regime"], row["provider"], *[""] * 6, f"RED: {row['check']}"]
-    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    error = "" if row["norm_error"] is None else f"{row['norm_error']:.1e}"
-    spread = f"{_ms(row['p10'])} - {_ms(row['p90'])}"
-    speed = [_ms(row["ms"]), spread, ratio, f"{row['gbs']:.1f}", f"{row['share']:.2f}"]
-    return [row["regime"], row["provider"], *speed, error, row["check"]]
+        texts["check"] = f"RED: {row['check']}"
+    else:
+        texts |= {"ms": _ms(row["ms"]), "p10 - p90": f"{_ms(row['p10'])} - {_ms(row['p90'])}"}
+        texts |= {"host ms": "" if row["host_ms"] is None else _ms(row["host_ms"])}
+        texts |= {"ratio": "" if row["ratio"] is None else f"{row['ratio']:.2f}", "GB/s": f"{row['gbs']:.1f}"}
+        texts |= dict.fromkeys(("of sum", "of copy"), f"{row['share']:.2f}")
+        texts |= {"norm error": "" if row["norm_error"] is None else f"{row['norm_error']:.1e}"}
+    return [texts.get(name, "") for name in header]
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -84,7 +96,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in header:
-        table.add_column(name, justify="right" if name in HEADER[2:8] else "left", no_wrap=name != "check")
+        table.add_column(name, justify="left" if name in _TEXT else "right", no_wrap=name != "check")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         bad = row[-1].startswith(("RED", "miss"))
         table.add_row(*row, style="bold red" if bad else None, end_section=bool(following and following[0] != row[0]))
@@ -96,8 +108,9 @@ def markdown(result: dict[str, Any]) -> str:
     """All tables of a run as one page."""
     parts = ["# fastclip bench", conditions_line(result["conditions"]), "[What the columns mean](../README.md)."]
     for case in result["cases"]:
-        rows = [cells(row) for row in result["rows"] if row["case"] == case["name"]]
-        parts += [f"## {case_title(case)}", _markdown_table(HEADER, rows)]
+        columns = header(result["conditions"])
+        rows = [cells(row, columns) for row in result["rows"] if row["case"] == case["name"]]
+        parts += [f"## {case_title(case)}", _markdown_table(columns, rows)]
     if "bars" in result:
         parts += ["## Bars", _markdown_table(bars.HEADER, bars.cells(result["bars"]))]
     return "\n\n".join(parts) + "\n"
@@ -109,6 +122,20 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def _ms(ms: float) -> str:
     return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(r\)|\(tm\)|@.*", "", name.lower())).strip("-")
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": gpu.name,
+        "sms": gpu.multi_processor_count,
+        "l2_mb": gpu.L2_cache_size >> 20,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _cpu_model() -> str:
