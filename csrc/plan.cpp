@@ -1,6 +1,9 @@
-// The short way in for plain CPU tensors: one pass over the Python objects of a list, instead of several through the
-// dispatcher. Tensors are read through the DLPack C exchange table of torch.Tensor (DLPack 1.x, torch >= 2.10), Python
-// through functions of its stable ABI, whose addresses fastclip/_plan.py hands over; so nothing here links to Python.
+// The short way in for plain tensors of one device: one pass over the Python objects of a list, instead of several
+// through the dispatcher. Tensors are read through the DLPack C exchange table of torch.Tensor (DLPack 1.x, torch
+// >= 2.10), Python through functions of its stable ABI, whose addresses fastclip/_plan.py hands over; so nothing here
+// links to Python.
+#include "plan.h"
+
 #include <exception>
 #include <memory>
 #include <vector>
@@ -62,19 +65,19 @@ struct DecRef {
 };
 using Owned = std::unique_ptr<PyObject, DecRef>;
 
-struct Plan {
-  std::vector<TensorView> tensors;
-};
-
 bool is_plain(const PyObject* object) { return object->type == python.tensor || object->type == python.parameter; }
 
 // Appends the view of a tensor; false where the kernels cannot take it. DLPack does not show the negative bit, under
 // which memory holds -x: norms, scaling and symmetric bounds do not mind.
-bool add(PyObject* tensor, std::vector<TensorView>* views) {
-  constexpr int kCpu = 1, kPinned = 3, kFloat = 2, kBfloat = 4;
+bool add(PyObject* tensor, bool gpus, Plan* plan) {
+  constexpr int kCpu = 1, kCuda = 2, kPinned = 3, kFloat = 2, kBfloat = 4;
   DlTensor dl;
   if (exchange->from_object(tensor, &dl) != 0) return false;
-  if ((dl.device.type != kCpu && dl.device.type != kPinned) || dl.dtype.lanes != 1) return false;
+  const bool on_gpu = gpus && dl.device.type == kCuda;
+  if ((!on_gpu && dl.device.type != kCpu && dl.device.type != kPinned) || dl.dtype.lanes != 1) return false;
+  const int32_t gpu = on_gpu ? dl.device.id : kNoGpu;
+  if (plan->tensors.empty()) plan->gpu = gpu;
+  if (plan->gpu != gpu) return false;
   Dtype dtype;
   if (dl.dtype.code == kFloat && dl.dtype.bits == 32)
     dtype = Dtype::kFloat32;
@@ -86,18 +89,19 @@ bool add(PyObject* tensor, std::vector<TensorView>* views) {
     dtype = Dtype::kBFloat16;
   else
     return false;
-  views->push_back(make_view(static_cast<char*>(dl.data) + dl.byte_offset, dtype, dl.ndim, dl.shape, dl.strides));
+  char* const data = static_cast<char*>(dl.data) + dl.byte_offset;
+  plan->tensors.push_back(make_view(data, dtype, dl.ndim, dl.shape, dl.strides));
   return true;
 }
 
-bool read(PyObject* tensors, bool parameters, PyObject* grads, std::vector<TensorView>* views) {
+bool read(PyObject* tensors, bool parameters, PyObject* grads, bool gpus, Plan* plan) {
   const intptr_t size = python.list_size(tensors);
-  views->reserve(static_cast<size_t>(size > 0 ? size : 0));
+  plan->tensors.reserve(static_cast<size_t>(size > 0 ? size : 0));
   for (intptr_t i = 0; i < size; ++i) {
     PyObject* tensor = python.list_get_item(tensors, i);
     if (tensor == nullptr || !is_plain(tensor)) return false;
     if (!parameters) {
-      if (!add(tensor, views)) return false;
+      if (!add(tensor, gpus, plan)) return false;
       continue;
     }
     const Owned grad(python.object_get_attr(tensor, python.grad));
@@ -105,7 +109,7 @@ bool read(PyObject* tensors, bool parameters, PyObject* grads, std::vector<Tenso
     if (grad.get() == python.none) continue;
     // An inference tensor has no version, and only inference mode may write it.
     if (!is_plain(grad.get()) || Owned(python.object_get_attr(grad.get(), python.version)) == nullptr) return false;
-    if (!add(grad.get(), views) || python.list_append(grads, grad.get()) != 0) return false;
+    if (!add(grad.get(), gpus, plan) || python.list_append(grads, grad.get()) != 0) return false;
   }
   return size >= 0;
 }
@@ -133,13 +137,13 @@ FASTCLIP_EXPORT bool fastclip_plan_init(const Python* functions, const void* dlp
 }
 
 // With the GIL. The views of the tensors of a list, or of the gradients of its parameters, which are appended to grads;
-// null where one of them is not a plain tensor that the kernels take.
-FASTCLIP_EXPORT Plan* fastclip_plan_new(PyObject* tensors, bool parameters, PyObject* grads) {
+// null where one of them is not a plain tensor that the kernels take. `gpus` tells whether there are CUDA kernels, too.
+FASTCLIP_EXPORT Plan* fastclip_plan_new(PyObject* tensors, bool parameters, PyObject* grads, bool gpus) {
   std::unique_ptr<Plan> plan;
   bool done = false;
   caught([&] {
     plan = std::make_unique<Plan>();
-    done = read(tensors, parameters, grads, &plan->tensors);
+    done = read(tensors, parameters, grads, gpus, plan.get());
   });
   if (done) return plan.release();
   python.err_clear();
@@ -148,7 +152,9 @@ FASTCLIP_EXPORT Plan* fastclip_plan_new(PyObject* tensors, bool parameters, PyOb
 
 FASTCLIP_EXPORT void fastclip_plan_delete(Plan* plan) { delete plan; }
 
-// Without the GIL, from here on; the caller keeps the tensors alive.
+// Without the GIL, from here on; the caller keeps the tensors alive. The last three are for what the CPU addresses.
+FASTCLIP_EXPORT int fastclip_plan_gpu(const Plan* plan) { return plan->gpu; }
+
 FASTCLIP_EXPORT int fastclip_plan_promoted_dtype(const Plan* plan) {
   return static_cast<int>(promoted_dtype(plan->tensors));
 }

@@ -42,7 +42,9 @@ Device device_of(const OwnedTensor& tensor) {
 bool same(Device a, Device b) { return a.type == b.type && a.index == b.index; }
 
 std::string to_string(Device device) {
-  return "device " + std::to_string(device.index) + " of type code " + std::to_string(device.type);
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (device.type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(device.index);
+  return "device type code " + std::to_string(device.type);
 }
 
 bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {

@@ -85,10 +85,10 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def native_first() -> bool:
-    """Whether the compiled kernels are the first to be asked."""
-    native = BACKENDS["native"]
-    return forced is native or (forced is None and native.unavailable() is None)
+def is_first(name: str) -> bool:
+    """Whether a backend is asked before all others that serve the same device."""
+    backend = BACKENDS[name]
+    return forced is backend or (forced is None and backend.unavailable() is None)
 
 
 def has_ops(device: str) -> bool:

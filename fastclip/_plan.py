@@ -1,4 +1,4 @@
-"""The short way in for plain CPU tensors: their list is read once, in C++ (csrc/plan.cpp), and no op is dispatched."""
+"""The short way in for plain tensors: their list is read once, in C++ (csrc/plan.cpp), and no op is dispatched."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
     if not library.fastclip_plan_init(python, get_pointer(capsule, b"dlpack_exchange_api")):
         return None
     holding = ctypes.PyDLL(library._name)
-    holding.fastclip_plan_new.argtypes = (ctypes.py_object, ctypes.c_bool, ctypes.py_object)
+    holding.fastclip_plan_new.argtypes = (ctypes.py_object, ctypes.c_bool, ctypes.py_object, ctypes.c_bool)
     holding.fastclip_plan_new.restype = ctypes.c_void_p
     for name, arguments in {
         "delete": (),
         "promoted_dtype": (),
+        "gpu": (),
         "is_writable": (ctypes.c_double,),
         "total_norm": (ctypes.c_double, ctypes.c_void_p),
         "clip": (ctypes.c_double, ctypes.c_double),
@@ -55,15 +56,27 @@ def _load() -> tuple[ctypes.PyDLL, ctypes.CDLL] | None:
     }.items():
         function = getattr(library, f"fastclip_plan_{name}")
         function.argtypes = (ctypes.c_void_p, *arguments)
-        function.restype = {"delete": None, "promoted_dtype": ctypes.c_int}.get(name, ctypes.c_bool)
+        function.restype = {"delete": None, "promoted_dtype": ctypes.c_int, "gpu": ctypes.c_int}.get(
+            name, ctypes.c_bool
+        )
+    if _ops.cuda_library is not None:
+        declare_cuda(_ops.cuda_library)
     return holding, library
+
+
+def declare_cuda(library: ctypes.CDLL) -> None:
+    """Tells ctypes of the functions that pass over a plan on a GPU."""
+    clip, clamp = library.fastclip_cuda_plan_clip_grad_norm, library.fastclip_cuda_plan_clamp
+    clip.argtypes = (ctypes.c_void_p, ctypes.c_double, ctypes.c_double, ctypes.c_void_p, ctypes.c_int)
+    clamp.argtypes = (ctypes.c_void_p, ctypes.c_double)
+    clip.restype = clamp.restype = ctypes.c_char_p
 
 
 _libraries = _load()
 
 
 class Plan:
-    """Views of plain CPU tensors, which it keeps alive. Its numbers are Python's: the CPU has no one to wait for."""
+    """Views of plain tensors of one device, which it keeps alive."""
 
     def __init__(self, handle: int, tensors: Sequence[Tensor]) -> None:
         self._handle = handle
@@ -71,12 +84,6 @@ class Plan:
 
     def __del__(self) -> None:
         _libraries[1].fastclip_plan_delete(self._handle)
-
-    def total_norm(self, norm_type: float) -> float:
-        result = ctypes.c_double()
-        if not _libraries[1].fastclip_plan_total_norm(self._handle, norm_type, ctypes.byref(result)):
-            raise RuntimeError("fastclip: the norm could not be computed")
-        return result.value
 
     def promoted_dtype(self) -> torch.dtype:
         return _DTYPES[_libraries[1].fastclip_plan_promoted_dtype(self._handle)]
@@ -89,6 +96,16 @@ class Plan:
             torch.autograd.graph.increment_version(self.tensors)
         return True
 
+
+class CpuPlan(Plan):
+    """Its numbers are Python's: the CPU has no one to wait for."""
+
+    def total_norm(self, norm_type: float) -> float:
+        result = ctypes.c_double()
+        if not _libraries[1].fastclip_plan_total_norm(self._handle, norm_type, ctypes.byref(result)):
+            raise RuntimeError("fastclip: the norm could not be computed")
+        return result.value
+
     def clip_(self, total_norm: float, max_norm: float) -> None:
         """Multiplies by ``min(max_norm / (total_norm + 1e-6), 1)``."""
         _libraries[1].fastclip_plan_clip(self._handle, total_norm, max_norm)
@@ -96,6 +113,32 @@ class Plan:
     def clamp_(self, clip_value: float) -> None:
         """Clamps to ``[-clip_value, clip_value]``."""
         _libraries[1].fastclip_plan_clamp(self._handle, clip_value)
+
+
+class GpuPlan(Plan):
+    """Its numbers stay on the GPU."""
+
+    library = _ops.cuda_library
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
+        """As the op: the norm, and the tensors multiplied by ``min(max_norm / (total_norm + 1e-6), 1)``."""
+        dtype = norm_dtype or self.promoted_dtype()
+        norm = torch.empty((), dtype=dtype if dtype in _DTYPES else torch.float64, device=self.tensors[0].device)
+        _raise_if(
+            self.library.fastclip_cuda_plan_clip_grad_norm(
+                self._handle, max_norm, norm_type, norm.data_ptr(), _DTYPES.index(norm.dtype)
+            )
+        )
+        return norm.to(dtype)
+
+    def clamp_(self, clip_value: float) -> None:
+        """Clamps to ``[-clip_value, clip_value]``."""
+        _raise_if(self.library.fastclip_cuda_plan_clamp(self._handle, clip_value))
+
+
+def _raise_if(error: bytes | None) -> None:
+    if error:
+        raise RuntimeError(error.decode())
 
 
 def _is_watched() -> bool:
@@ -109,18 +152,23 @@ def _is_watched() -> bool:
     )
 
 
-def of_tensors(tensors: list[Tensor]) -> Plan | None:
-    """A plan of the tensors; None where the compiled CPU kernels are not first choice, or not for all of them."""
-    return _new(tensors, False, tensors)
+def of_tensors(tensors: list[Tensor]) -> CpuPlan | None:
+    """A plan of CPU tensors; None where the compiled CPU kernels are not first choice, or not for all of them."""
+    return _new(tensors, False, tensors, False)
 
 
-def of_gradients(parameters: list[Tensor]) -> Plan | None:
-    """A plan of the gradients that the parameters have; None as for :func:`of_tensors`."""
-    return _new(parameters, True, [])
+def of_gradients(parameters: list[Tensor]) -> CpuPlan | GpuPlan | None:
+    """A plan of the gradients that the parameters have; None where compiled kernels are not first choice for all."""
+    return _new(parameters, True, [], _dispatch.is_first("cuda"))
 
 
-def _new(tensors: list[Tensor], of_gradients: bool, planned: list[Tensor]) -> Plan | None:
-    if _is_watched() or _libraries is None or not _dispatch.native_first():
+def _new(tensors: list[Tensor], of_gradients: bool, planned: list[Tensor], gpus: bool) -> CpuPlan | GpuPlan | None:
+    cpu = _dispatch.is_first("native")
+    if _libraries is None or not (cpu or gpus) or _is_watched():
         return None
-    handle = _libraries[0].fastclip_plan_new(tensors, of_gradients, planned)
-    return Plan(handle, planned) if handle else None
+    handle = _libraries[0].fastclip_plan_new(tensors, of_gradients, planned, gpus)
+    if not handle:
+        return None
+    gpu = _libraries[1].fastclip_plan_gpu(handle)
+    plan = (CpuPlan if gpu < 0 else GpuPlan)(handle, planned)
+    return plan if (cpu if gpu < 0 else _ops.cuda_unsupported(gpu) is None) else None

@@ -96,7 +96,7 @@ def clip_grad_norm_(
     if not grads:
         _to_float(max_norm, "max_norm")
         return _norm_of_nothing(norm_dtype)
-    if plan:
+    if isinstance(plan, _plan.CpuPlan):
         total_norm = plan.total_norm(norm_type)
         if error_if_nonfinite:
             _raise_if_nonfinite(total_norm, norm_type)
@@ -106,6 +106,8 @@ def clip_grad_norm_(
             return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if not error_if_nonfinite:
         max_norm = _to_float(max_norm, "max_norm")
+        if isinstance(plan, _plan.GpuPlan) and plan.prepare_write():
+            return plan.clip_grad_norm_(max_norm, norm_type, norm_dtype)
         if _may_be_one_call(grads, foreach):
             with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
                 return _ops.write(_ops.clip_grad_norm_, grads, max_norm, norm_type, dtype=norm_dtype)
@@ -230,7 +232,7 @@ def clip_grads_with_norm_(
     if total_norm.dim() != 0 or total_norm.is_complex() or _needs_torch([*grads, total_norm]):
         _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
         return
-    if plan and total_norm.device.type == "cpu" and plan.prepare_write():
+    if isinstance(plan, _plan.CpuPlan) and total_norm.device.type == "cpu" and plan.prepare_write():
         plan.clip_(float(total_norm.detach()), max_norm)
         return
     clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)

@@ -151,8 +151,12 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
 }
 
 void scale(const std::vector<TensorView>& tensors, Scalar coef, double* scratch, Queue queue) {
-  launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
-  launch_scale(nonempty(tensors), scratch, queue);
+  const double* clip_coef = static_cast<const double*>(coef.data);
+  if (coef.dtype != Dtype::kFloat64) {
+    clip_coef = scratch;
+    launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
+  }
+  launch_scale(nonempty(tensors), clip_coef, queue);
 }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {

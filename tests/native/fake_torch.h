@@ -141,6 +141,7 @@ AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*,
 }
 
 int32_t aoti_torch_device_type_cpu() { return 0; }
+int32_t aoti_torch_device_type_cuda() { return 1; }
 int32_t aoti_torch_dtype_float32() { return fake::kFloat32; }
 int32_t aoti_torch_dtype_float64() { return fake::kFloat64; }
 int32_t aoti_torch_dtype_bfloat16() { return fake::kBFloat16; }
