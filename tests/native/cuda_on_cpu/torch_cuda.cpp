@@ -1,13 +1,11 @@
-// What libraries other than cudart bring: torch's functions for CUDA, the handler of -fsanitize=alignment. And what
-// tests set and read.
-#include <new>
-
+// torch's functions for CUDA; and what tests set and read, for tests/on_cpu.py.
 #include "../../../csrc/abi.h"
 #include "cuda_runtime.h"
 
 #define HIDDEN extern "C" __attribute__((visibility("hidden")))
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+using cuda_on_cpu::device;
 using cuda_on_cpu::simulator;
 
 namespace {
@@ -15,6 +13,7 @@ std::vector<cuda_on_cpu::Launch> launches;
 int device_guards = 0;
 }  // namespace
 
+HIDDEN int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 HIDDEN AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 HIDDEN AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   ++device_guards;
@@ -22,39 +21,32 @@ HIDDEN AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*
 }
 HIDDEN AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return --device_guards, 0; }
 
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-HIDDEN void __ubsan_handle_type_mismatch_v1(const SourceLocation* at, void*) {
-  simulator.stop({"a misaligned access", at->file, static_cast<int>(at->line)});
-}
-
 EXPORT void cuda_on_cpu_configure(int multiprocessors, int blocks_per_multiprocessor, unsigned seed,
                                   int dropped_barrier) {
-  simulator.multiprocessors = multiprocessors;
-  simulator.blocks_per_multiprocessor = blocks_per_multiprocessor;
+  device.multiprocessors = multiprocessors;
+  device.blocks_per_multiprocessor = blocks_per_multiprocessor;
   simulator.seed(seed);
-  simulator.dropped_barrier = dropped_barrier;
+  simulator.dropped_barrier =
+      dropped_barrier < 0 ? nullptr : simulator.barriers().at(static_cast<size_t>(dropped_barrier));
 }
 
 // The call of the runtime after so many others fails with this error; -1: none.
 EXPORT void cuda_on_cpu_fail(int calls, int error) {
-  simulator.calls_until_failure = calls;
-  simulator.failure = static_cast<cudaError_t>(error);
+  device.calls_until_failure = calls;
+  device.failure = static_cast<cudaError_t>(error);
 }
 
 // The call sites of __syncthreads so far, and the text of one.
-EXPORT int cuda_on_cpu_barriers() { return static_cast<int>(simulator.barriers.size()); }
+EXPORT int cuda_on_cpu_barriers() { return static_cast<int>(simulator.barriers().size()); }
 EXPORT const char* cuda_on_cpu_barrier(int index) {
   static std::string text;
-  text = simulator.barriers[static_cast<size_t>(index)].text();
+  text = simulator.barriers().at(static_cast<size_t>(index))->text();
   return text.c_str();
 }
 
 // The launches since the last call; each can be read until the next.
 EXPORT int cuda_on_cpu_launches() {
-  launches = std::exchange(simulator.launches, {});
+  launches = std::exchange(device.launches, {});
   return static_cast<int>(launches.size());
 }
 EXPORT const cuda_on_cpu::Launch* cuda_on_cpu_launch(int index) { return &launches[static_cast<size_t>(index)]; }
