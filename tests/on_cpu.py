@@ -1,0 +1,145 @@
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, with native/cuda_on_cpu in CUDA's place.
+
+What that proves and what not is said in native/cuda_on_cpu/cuda_runtime.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from fastclip import _dispatch, _ops, _plan
+from fastclip.backends import native
+
+ROOT = Path(__file__).parents[1]
+HEADERS = Path(__file__).parent / "native" / "cuda_on_cpu"
+NAMESPACE = "fastclip_cuda_on_cpu"
+# The handler of a misaligned access is in torch_cuda.cpp.
+FLAGS = (
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fsanitize=alignment"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", f"-I{HEADERS}"),
+)
+
+
+def compiler() -> list[str] | None:
+    if cxx := shlex.split(os.environ.get("CXX", "")):
+        return cxx
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot be compiled here."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        return "csrc/ is not beside tests/"
+    if sys.platform != "linux":
+        return "the simulated CUDA is for Linux"
+    return None if compiler() else "no C++ compiler"
+
+
+def build(name: str, sources: list[Path], *link: str) -> Path:
+    """Compile and link, unless the same files have been; return the result, in build/."""
+    command = [*compiler(), *FLAGS]
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr((command, sources, link, version)).encode())
+    for path in sorted(path for folder in (ROOT / "csrc", HEADERS) for path in folder.rglob("*.*")):
+        digest.update(path.read_bytes())
+    target = ROOT / "build" / "cuda_on_cpu" / f"{name}-{digest.hexdigest()[:16]}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f"{name}-*"):
+        old.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [f"{folder}/{source.name}.o" for source in sources]
+        jobs = [
+            subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", file], stderr=subprocess.PIPE, text=True)
+            for source, file in zip(sources, objects, strict=True)
+        ]
+        errors = "".join(job.communicate()[1] for job in jobs)
+        assert not any(job.returncode for job in jobs), errors
+        subprocess.run([*compiler(), *objects, *link, "-o", f"{folder}/{name}"], check=True)
+        os.replace(f"{folder}/{name}", target)
+    return target
+
+
+class Launch(NamedTuple):
+    grid: int
+    block: int
+    argument_bytes: int
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Build and load the kernels, and register them."""
+    cuda = ROOT / "csrc" / "cuda"
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), ROOT / "csrc" / "tensor_list.cpp", HEADERS / "torch_cuda.cpp"]
+    libtorch = Path(torch.__file__).parent / "lib" / "libtorch.so"
+    loaded = ctypes.CDLL(str(build("library", sources, "-shared", "-Wl,--no-as-needed", str(libtorch))))
+    loaded.fastclip_cuda_init.restype = loaded.fastclip_cuda_unsupported.restype = ctypes.c_char_p
+    loaded.cuda_on_cpu_barrier.restype = ctypes.c_char_p
+    loaded.cuda_on_cpu_launch.restype = ctypes.POINTER(3 * ctypes.c_uint)
+    _plan.declare_cuda(loaded)
+    loaded.definitions = _ops.define(NAMESPACE)
+    error = loaded.fastclip_cuda_init(NAMESPACE.encode(), b"CPU")
+    assert error is None, error
+    return loaded
+
+
+@functools.cache
+def backend() -> ModuleType:
+    """Return what fastclip.backends.cuda is on a GPU."""
+    library()
+    module, ops = ModuleType(NAMESPACE), getattr(torch.ops, NAMESPACE)
+    module.NAME, module.OPS = "cuda", frozenset()
+    module.unavailable, module.refuses = lambda: None, native.refuses_on_any_device
+    for name in ("norm_partial", "scale_", "clamp_", "clip_grad_norm_"):
+        setattr(module, name, getattr(ops, name).default)
+    return module
+
+
+@contextlib.contextmanager
+def use(multiprocessors: int = 2, blocks: int = 2, seed: int = 1, dropped_barrier: int = -1):
+    """Force the backend, on a device of so many multiprocessors with so many resident blocks each."""
+    forced, deterministic = _dispatch.forced, torch.are_deterministic_algorithms_enabled()
+    library().cuda_on_cpu_configure(multiprocessors, blocks, seed, dropped_barrier)
+    _dispatch.forced = backend()
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    try:
+        yield
+    finally:
+        _dispatch.forced = forced
+        torch.use_deterministic_algorithms(deterministic)
+        assert library().cuda_on_cpu_device_guards() == 0
+
+
+@contextlib.contextmanager
+def failing(calls: int, error: int = 719):
+    """Let the call of CUDA's runtime after so many others fail."""
+    library().cuda_on_cpu_fail(calls, error)
+    try:
+        yield
+    finally:
+        library().cuda_on_cpu_fail(-1, error)
+
+
+def barriers() -> list[str]:
+    """Return the places of the barriers that kernels have come to so far."""
+    return [library().cuda_on_cpu_barrier(i).decode() for i in range(library().cuda_on_cpu_barriers())]
+
+
+def launches() -> list[Launch]:
+    """Return the launches since the last call."""
+    return [Launch(*library().cuda_on_cpu_launch(i).contents) for i in range(library().cuda_on_cpu_launches())]

@@ -1,0 +1,364 @@
+"""The CUDA kernels, run on the CPU (on_cpu.py): values, indexing, barriers, grids, tables, launches and errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+
+import pytest
+import torch
+
+import fastclip
+import on_cpu
+import reference
+from cases import CASES, CHUNK, grid, parameters, poison, random
+from fastclip import _plan
+from test_ops import arguments, gradients, step
+
+pytestmark = pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_cpu.unavailable()))
+
+KINDS = (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0)
+OTHER_ORDERS = [norm_type for norm_type in reference.NORM_TYPES if norm_type not in KINDS[:5]]
+# Tensors of a table that travels by value in a kernel's arguments, of which there may be 32,764 bytes.
+SHORT, LONG = 254, 2046
+
+
+@pytest.fixture(autouse=True)
+def cuda(request):
+    """Force the kernels, under a schedule of the test's own."""
+    with on_cpu.use(seed=zlib.crc32(request.node.name.encode())):
+        yield
+
+
+@pytest.fixture
+def ops():
+    return getattr(torch.ops, on_cpu.NAMESPACE)
+
+
+def tiny(count: int) -> list[torch.Tensor]:
+    """Return tensors of every dtype in turn, 1 to 9 elements each, with poison around them."""
+    generator = torch.Generator().manual_seed(count)
+    bases = [poison(3 * count + 24, dtype) for dtype in reference.FLOATS]
+    grads = [bases[i % 4][12 * (i // 4) + i % 3 :][: 1 + i % 9] for i in range(count)]
+    numbers = torch.randn(count, 9, generator=generator, dtype=torch.float64)
+    for grad, row in zip(grads, numbers, strict=True):
+        grad.copy_(row[: len(grad)])
+    return grads
+
+
+def twins(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone() for t in tensors]
+
+
+@pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
+def test_norm(case, dtype):
+    """2, 1, inf, -inf, 0, and one of the other orders, in turn."""
+    tensors = case.make(dtype)
+    for norm_type in (*KINDS[:5], OTHER_ORDERS[(CASES.index(case) + dtype.itemsize) % len(OTHER_ORDERS)]):
+        norm = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
+        with reference.during(norm_type):
+            reference.assert_norm(norm, reference.total_norm(tensors, norm_type), torch.float64)
+
+
+@pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
+def test_clip(case, dtype, fence):
+    """The fused clip, bit by bit, which the wide norm defines."""
+    grads, expected = case.make(dtype), case.make(dtype)
+    before = fence(grads)
+    norm_type = (2.0, math.inf, 3.0)[CASES.index(case) % 3]
+    norm = reference.total_norm(grads, norm_type)
+    max_norm = norm / 3 if 0 < norm < math.inf else 0.5
+    wide = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_type, norm_dtype=torch.float64)
+    reference.assert_norm(wide, norm, torch.float64)
+    reference.scale_rounded_(expected, reference.clip_coef(wide.item(), max_norm))
+    reference.assert_bits(grads, expected)
+    assert before.outside_unchanged()
+
+
+@pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
+def test_value(case, dtype, fence):
+    clip_value = (0.5, 1e-3, 0.3, -0.5, math.inf, math.nan)[CASES.index(case) % 6]
+    grads = case.make(dtype)
+    before, expected = fence(grads), reference.clip_by_value(grads, clip_value)
+    fastclip.clip_grad_value_(parameters(grads), clip_value)
+    reference.assert_bits(grads, expected)
+    assert before.outside_unchanged()
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_every_length_at_every_offset(dtype, fence):
+    """Heads and tails of less than a vector, and bodies of whole ones, each around what 256 threads take at once."""
+    generator, lanes = torch.Generator().manual_seed(1), 16 // dtype.itemsize
+    lengths = (*range(1, 36), *(n * 256 * lanes + k for n in (1, 4, 5) for k in (-1, 0, 1, lanes)))
+    grads = [random(generator, dtype, n, offset=k) for n in lengths for k in range(lanes)]
+    expected = twins(grads)
+    before = fence(grads)
+    wide = fastclip.clip_grad_norm_(parameters(grads), 1.0, norm_dtype=torch.float64)
+    reference.assert_norm(wide, reference.total_norm(expected))
+    reference.scale_rounded_(expected, reference.clip_coef(wide.item(), 1.0))
+    reference.assert_bits(grads, expected)
+    expected = reference.clip_by_value(grads, 1e-3)
+    fastclip.clip_grad_value_(parameters(grads), 1e-3)
+    reference.assert_bits(grads, expected)
+    assert before.outside_unchanged()
+
+
+@pytest.mark.parametrize("norm_dtype", [None, *reference.FLOATS])
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_the_norm_is_rounded_once(dtype, norm_dtype):
+    grads = [torch.randn(9).to(dtype), torch.randn(4).to(dtype)]
+    wide = fastclip.get_total_norm(grads, norm_dtype=torch.float64)
+    norm = fastclip.clip_grad_norm_(parameters(grads), 1e9, norm_dtype=norm_dtype)
+    assert norm.dtype == (norm_dtype or dtype)
+    # To 16 bits by way of float32, as everywhere.
+    opmath = torch.float32 if norm.dtype in reference.LOW else norm.dtype
+    assert torch.equal(norm, wide.to(opmath).to(norm.dtype))
+
+
+def of_many_chunks(dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        random(generator, dtype, 7),
+        random(generator, dtype, 2 * CHUNK + 77),
+        random(generator, dtype, CHUNK + 1, offset=1),
+        random(generator, torch.float32, 300),
+        random(generator, dtype, 700, 101)[:, 1:].t(),
+    ]
+
+
+def everything(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Run every kernel on the same numbers, and return all that they wrote."""
+    grads = of_many_chunks(dtype)
+    norms = [fastclip.get_total_norm(grads, norm_type, norm_dtype=torch.float64) for norm_type in KINDS]
+    norms.append(fastclip.clip_grad_norm_(parameters(grads), 100.0))
+    fastclip.clip_grads_with_norm_(parameters(grads), 0.5, torch.tensor(1.0))
+    fastclip.clip_grad_value_(parameters(grads), 0.05)
+    return [*norms, *grads]
+
+
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_any_grid_and_schedule_give_the_same_bits(dtype):
+    expected = everything(dtype)
+    for norm, norm_type in zip(expected, KINDS, strict=False):
+        reference.assert_norm(norm, reference.total_norm(of_many_chunks(dtype), norm_type))
+    for multiprocessors, blocks, seed in ((1, 1, 1), (3, 1, 2), (4, 8, 3)):
+        with on_cpu.use(multiprocessors, blocks, seed), reference.during(multiprocessors, blocks, seed):
+            reference.assert_bits(everything(dtype), expected)
+
+
+def test_every_barrier_is_needed():
+    """A kernel without it is wrong, or its threads lose each other, under one of a few schedules."""
+    expected = everything(torch.float32)
+    barriers = on_cpu.barriers()
+    assert barriers
+    for i, barrier in enumerate(barriers):
+        noticed = False
+        for seed in range(3):
+            with on_cpu.use(1, 1, seed, dropped_barrier=i):
+                try:
+                    reference.assert_bits(everything(torch.float32), expected)
+                except (AssertionError, RuntimeError):
+                    noticed = True
+                    break
+        assert noticed, f"nothing differs without {barrier}"
+
+
+# Tables and launches
+
+
+@pytest.mark.parametrize("count", [1, SHORT - 1, SHORT, SHORT + 1, LONG - 1, LONG, LONG + 1, LONG + 2, 10_000])
+def test_lists(count, fence):
+    """Every tensor is in one table; the last one is short where that suffices."""
+    grads = tiny(count)
+    before, expected = fence(grads), reference.clip_by_value(grads, 0.3)
+    on_cpu.launches()
+    fastclip.clip_grad_value_(parameters(grads), 0.3)
+    launches = on_cpu.launches()
+    reference.assert_bits(grads, expected)
+    assert before.outside_unchanged()
+    last = count % LONG or LONG
+    tables = count // LONG * [LONG] + [SHORT if last <= SHORT else LONG] * (count % LONG > 0)
+    assert [launch.argument_bytes for launch in launches] == [16 + 8 + 16 * table for table in tables]
+    assert max(launch.argument_bytes for launch in launches) <= 32764
+
+
+@pytest.mark.parametrize(("count", "norm_type"), [(1, 2.0), (SHORT + 1, 2.0), (LONG + 1, 0.0), (2 * LONG + 1, 2.0)])
+def test_norms_of_lists(count, norm_type):
+    """Partials of one table after those of the other; the tables of the clip are walked backwards."""
+    grads = tiny(count)
+    norm = reference.total_norm(grads, norm_type)
+    expected = twins(grads)
+    wide = fastclip.clip_grad_norm_(parameters(grads), norm / 3, norm_type, norm_dtype=torch.float64)
+    reference.assert_norm(wide, norm, torch.float64)
+    reference.scale_rounded_(expected, reference.clip_coef(wide.item(), norm / 3))
+    reference.assert_bits(grads, expected)
+
+
+@pytest.mark.parametrize("among", [0, SHORT])
+@pytest.mark.parametrize("dtype", reference.FLOATS)
+def test_chunks_in_tables(dtype, among):
+    """Tensors that end around a chunk's boundary, between small ones."""
+    generator, small = torch.Generator().manual_seed(2), iter(tiny(among))
+    grads = []
+    for n in (CHUNK, CHUNK - 1, 1, CHUNK + 1, 2 * CHUNK, 2 * CHUNK - 1):
+        grads += [random(generator, dtype, n), *itertools.islice(small, among // 5)]
+    expected = twins(grads)
+    for norm_type in (2.0, math.inf, 0.0):
+        norm = fastclip.get_total_norm(grads, norm_type, norm_dtype=torch.float64)
+        reference.assert_norm(norm, reference.total_norm(grads, norm_type))
+    fastclip.clip_grads_with_norm_(parameters(grads), 0.37, torch.tensor(1.0 - 1e-6, dtype=torch.float64))
+    reference.scale_rounded_(expected, reference.clip_coef(1.0 - 1e-6, 0.37))
+    reference.assert_bits(grads, expected)
+
+
+def test_launches():
+    """Three for 2,000 tensors of any dtypes; blocks for what there is to do, but no more than the device holds."""
+    grads = tiny(2_000)
+    on_cpu.launches()
+    with on_cpu.use(3, 2):
+        fastclip.clip_grad_norm_(parameters(grads), 1.0)
+        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(6, 256), (1, 1024), (6, 256)]
+        fastclip.get_total_norm(grads[:5])
+        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(5, 256), (1, 1024)]
+        fastclip.clip_grad_value_(parameters([torch.zeros(3 * CHUNK)]), 1.0)
+        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(3, 256)]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 0])
+def test_failing_calls_of_the_runtime(multiprocessors, fence):
+    """Each is an error that names the kernel; nothing is written, and the next call is none the worse."""
+    grads = [torch.randn(5), torch.randn(9, dtype=torch.bfloat16)]
+    before = fence(grads)
+    with on_cpu.use(multiprocessors):
+        for calls in itertools.count():
+            try:
+                with on_cpu.failing(calls):
+                    fastclip.clip_grad_norm_(parameters(grads), 0.1)
+            except RuntimeError as error:
+                assert before.unchanged()
+                message = str(error)
+                if "invalid configuration" in message:
+                    break
+                assert "unspecified launch failure" in message
+                kernel = "norm_kernel<squares>" if calls < 3 else "finish_kernel" if calls < 4 else "scale_kernel"
+                assert f"fastclip: {kernel}: " in message
+            else:
+                break
+    # Each of three launches, and before two of them two questions to the device.
+    assert calls == (7 if multiprocessors else 2)
+    assert before.unchanged() == (multiprocessors == 0)
+
+
+def test_what_is_refused(ops, fence):
+    half = torch.tensor(0.5, dtype=torch.float64)
+    grads = [torch.randn(5), torch.ones(2).half()]
+    versions, before = [g._version for g in grads], fence(grads)
+    overlapping = torch.ones(1).expand(4)
+    for call in (fastclip.clip_grad_norm_, fastclip.clip_grad_value_):
+        with pytest.raises((RuntimeError, ValueError), match=r"share memory|single memory location"):
+            call(parameters([*grads, overlapping]), 0.1)
+    with pytest.raises(RuntimeError, match="clip_value"):
+        fastclip.clip_grad_value_(parameters(grads), 1e6)
+    with pytest.raises(RuntimeError, match=r"tensors\[2\].*single memory location"):
+        ops.scale_([*grads, overlapping], half)
+    with pytest.raises(RuntimeError, match=r"tensors\[2\]: expected float32"):
+        ops.scale_([*grads, torch.ones(2, dtype=torch.int64)], half)
+    with pytest.raises(RuntimeError, match=r"tensors\[1\]: value cannot be converted"):
+        ops.clamp_(grads, -1e6, 0.1)
+    with pytest.raises(RuntimeError, match="clip_coef: expected a 0-dim"):
+        ops.scale_(grads, torch.ones(1))
+    with pytest.raises(RuntimeError, match="dtype: expected float32"):
+        ops.clip_grad_norm_(grads, 0.1, 2.0, dtype=torch.int64)
+    assert before.unchanged()
+    assert [g._version for g in grads] == versions
+
+
+def test_a_device_that_the_kernels_are_not_compiled_for():
+    assert on_cpu.library().fastclip_cuda_unsupported(0) is None
+    with on_cpu.failing(0, 209):
+        assert b"no kernel image is available" in on_cpu.library().fastclip_cuda_unsupported(0)
+    assert on_cpu.library().fastclip_cuda_unsupported(0) is None
+
+
+# The ops
+
+
+@pytest.mark.parametrize("name", ["norm_partial", "scale_", "clamp_", "clip_grad_norm_"])
+def test_opcheck(ops, name):
+    tensors = [torch.randn(5), torch.randn(4, 3).t(), torch.randn(9)[::2], torch.randn(7, dtype=torch.bfloat16)]
+    for rest, options in arguments(name):
+        checked = torch.library.opcheck(getattr(ops, name).default, (tensors, *rest), options)
+        assert set(checked.values()) == {"SUCCESS"}, checked
+
+
+def test_compile():
+    """One graph over every public function, with the bits of the same calls untraced."""
+    torch._dynamo.reset()
+    ours, theirs = gradients(), gradients()
+    results = torch.compile(step, backend="aot_eager", fullgraph=True)(parameters(ours), torch.tensor(2.0))
+    reference.assert_bits([*results, *ours], [*step(parameters(theirs), torch.tensor(2.0)), *theirs])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("coef_dtype", reference.FLOATS)
+def test_scale(ops, coef_dtype):
+    coef = torch.tensor(0.37, dtype=coef_dtype)
+    tensors, expected = tiny(8), tiny(8)
+    ops.scale_(tensors, coef)
+    reference.scale_rounded_(expected, coef.item())
+    reference.assert_bits(tensors, expected)
+
+
+def test_scale_by_one_writes_nothing(ops, fence):
+    """Not even a signaling NaN becomes quiet; 1 is meant in the dtype of the arithmetic."""
+    tensors = [poison(70, dtype)[1:] for dtype in reference.FLOATS]
+    tensors += [poison(70, dtype)[1::2] for dtype in reference.FLOATS]
+    before = fence(tensors)
+    ops.scale_(tensors, torch.tensor(1.0, dtype=torch.float64))
+    assert before.unchanged()
+    ops.scale_([t for t in tensors if t.dtype != torch.float64], torch.tensor(1 - 1e-12, dtype=torch.float64))
+    assert before.unchanged()
+    ops.scale_([t for t in tensors if t.dtype == torch.float64], torch.tensor(1 - 1e-12, dtype=torch.float64))
+    assert not before.unchanged()
+
+
+def test_of_nothing(ops):
+    nothing = [torch.empty(0), torch.empty(3, 0, dtype=torch.bfloat16)]
+    for norm_type in KINDS:
+        partial = ops.norm_partial(nothing, norm_type)
+        assert partial.item() == (math.inf if norm_type == -math.inf else 0)
+        assert ops.clip_grad_norm_(nothing, 1.0, norm_type).item() == 0
+    ops.clamp_(nothing, -1.0, 1.0)
+
+
+@pytest.mark.skipif(_plan._libraries is None, reason="no compiled plan")
+def test_plan(monkeypatch, fence):
+    """The short way in, as for tensors on a GPU: the bits of the op, its errors, and a version step each."""
+
+    class OnCpuPlan(_plan.GpuPlan):
+        library = on_cpu.library()
+
+    def of_gradients(made):
+        grads = []
+        handle = _plan._libraries[0].fastclip_plan_new(made, True, grads, True)
+        return OnCpuPlan(handle, grads)
+
+    ours, theirs = gradients(), gradients()
+    theirs_norm = fastclip.clip_grad_norm_(parameters(theirs), 0.7)
+    fastclip.clip_grad_value_(parameters(theirs), 0.1)
+    monkeypatch.setattr(_plan, "of_gradients", of_gradients)
+    versions = [g._version for g in ours]
+    norm = fastclip.clip_grad_norm_(parameters(ours), 0.7)
+    fastclip.clip_grad_value_(parameters(ours), 0.1)
+    reference.assert_bits([norm, *ours], [theirs_norm, *theirs])
+    assert [g._version for g in ours] == [v + 2 for v in versions]
+    before = fence(ours)
+    with on_cpu.failing(0), pytest.raises(RuntimeError, match="norm_kernel<squares>: unspecified launch failure"):
+        fastclip.clip_grad_norm_(parameters(ours), 0.01)
+    with on_cpu.failing(0), pytest.raises(RuntimeError, match="clamp_kernel: unspecified launch failure"):
+        fastclip.clip_grad_value_(parameters(ours), 0.01)
+    assert before.unchanged()
