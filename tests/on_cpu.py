@@ -54,7 +54,7 @@ def build(name: str, sources: list[Path], *link: str) -> Path:
     command = [*compiler(), *FLAGS]
     version = subprocess.run([*compiler(), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(repr((command, sources, link, version)).encode())
-    for path in sorted(path for folder in (ROOT / "csrc", HEADERS) for path in folder.rglob("*.*")):
+    for path in sorted(path for folder in (ROOT / "csrc", HEADERS.parent) for path in folder.rglob("*.*")):
         digest.update(path.read_bytes())
     target = ROOT / "build" / "cuda_on_cpu" / f"{name}-{digest.hexdigest()[:16]}"
     if target.exists():

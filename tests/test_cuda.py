@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
 import zlib
 
 import pytest
@@ -223,6 +224,27 @@ def test_launches():
         assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(5, 256), (1, 1024)]
         fastclip.clip_grad_value_(parameters([torch.zeros(3 * CHUNK)]), 1.0)
         assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(3, 256)]
+
+
+def test_what_overlaps_is_written_in_rounds():
+    """No launch writes an element twice, and all that overlaps nothing is written by the first."""
+    grads = tiny(300)
+    base = torch.randn(100)
+    grads += [base[:70], grads[7], base[30:], grads[7], torch.randn(40)[::2]]
+    on_cpu.launches()
+    fastclip.clip_grad_value_(parameters(grads), 0.01)
+    assert [launch.argument_bytes for launch in on_cpu.launches()][1:] == [
+        24 + 16 * table for table in (LONG, SHORT, SHORT)
+    ]
+    fastclip.clip_grad_norm_(parameters(grads), 0.01)
+    assert len(on_cpu.launches()) == 3 + 4  # a table and a tensor with holes, the end of the norm, and the same rounds
+
+
+def test_tables_on_paper():
+    """Tensors of more than 2^31 elements, and more of them than fit into a table."""
+    program = on_cpu.build("tables", [on_cpu.HEADERS.parent / "tables.cpp"])
+    result = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 # Errors
