@@ -370,14 +370,14 @@ def test_plan(monkeypatch, fence):
         return OnCpuPlan(handle, grads)
 
     ours, theirs = gradients(), gradients()
-    theirs_norm = fastclip.clip_grad_norm_(parameters(theirs), 0.7)
+    expected = [fastclip.clip_grad_norm_(parameters(theirs), 0.7, norm_dtype=d) for d in (None, *reference.FLOATS)]
     fastclip.clip_grad_value_(parameters(theirs), 0.1)
     monkeypatch.setattr(_plan, "of_gradients", of_gradients)
     versions = [g._version for g in ours]
-    norm = fastclip.clip_grad_norm_(parameters(ours), 0.7)
+    norms = [fastclip.clip_grad_norm_(parameters(ours), 0.7, norm_dtype=d) for d in (None, *reference.FLOATS)]
     fastclip.clip_grad_value_(parameters(ours), 0.1)
-    reference.assert_bits([norm, *ours], [theirs_norm, *theirs])
-    assert [g._version for g in ours] == [v + 2 for v in versions]
+    reference.assert_bits([*norms, *ours], [*expected, *theirs])
+    assert [g._version for g in ours] == [v + 6 for v in versions]
     before = fence(ours)
     with on_cpu.failing(0), pytest.raises(RuntimeError, match="norm_kernel<squares>: unspecified launch failure"):
         fastclip.clip_grad_norm_(parameters(ours), 0.01)

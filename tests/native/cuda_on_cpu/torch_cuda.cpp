@@ -51,4 +51,6 @@ EXPORT int cuda_on_cpu_launches() {
 }
 EXPORT const cuda_on_cpu::Launch* cuda_on_cpu_launch(int index) { return &launches[static_cast<size_t>(index)]; }
 
+// What a call leaves behind for others: device guards that are not undone, an error that is not taken.
 EXPORT int cuda_on_cpu_device_guards() { return device_guards; }
+EXPORT int cuda_on_cpu_last_error() { return device.last_error; }
