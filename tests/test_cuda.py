@@ -13,7 +13,7 @@ import torch
 import fastclip
 import on_cpu
 import reference
-from cases import CASES, CHUNK, grid, parameters, poison, random
+from cases import CASES, CHUNK, grid, parameters, place, poison, random
 from fastclip import _plan
 from test_ops import arguments, gradients, step
 
@@ -103,6 +103,12 @@ def test_every_length_at_every_offset(dtype, fence):
     fastclip.clip_grad_value_(parameters(grads), 1e-3)
     reference.assert_bits(grads, expected)
     assert before.outside_unchanged()
+
+
+def test_order_zero_counts_tensors_and_not_chunks():
+    large, zeros = place(torch.ones(2 * CHUNK + 1)), place(torch.zeros(2 * CHUNK))
+    holes = torch.ones(2 * CHUNK + 2, 2)[:, 1]
+    assert fastclip.get_total_norm([large, zeros, holes, zeros[:5], large[:1]], 0.0) == 3
 
 
 @pytest.mark.parametrize("norm_dtype", [None, *reference.FLOATS])

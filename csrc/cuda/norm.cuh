@@ -81,8 +81,8 @@ __device__ double sum_of(const Run<E>& run) {
     });
     const double sum = block_sum(pair.wide() + edge_sum<kKind>(run, 0));
     const double least = kKind == NormKind::kSquares ? kLeastSumOfSquares : 0;
-    if (sum >= least && sum < double{INFINITY}) return sum;
-    return wide_sum<kKind>(run, 0);  // float32 overflowed, or lost squares below its range
+    if (sum >= least) return sum;
+    return wide_sum<kKind>(run, 0);  // float32 lost squares below its range, or overflowed, which makes the pair NaN
   }
 }
 

@@ -21,7 +21,8 @@ struct Scale {
   }
 };
 
-// What clamping does to an element: a NaN stays, and only what is out of bounds changes.
+// What clamping does to an element: a NaN stays, and only what is out of bounds changes. A bound is rounded to the
+// dtype of the tensor as torch does, when it is stored.
 struct Bounds {
   double low, high;
 };
@@ -30,10 +31,8 @@ struct Clamp {
   using Opmath = typename E::Opmath;
   Opmath low, high;
 
-  // The bounds are rounded to the dtype of the tensor, as torch does.
   __device__ explicit Clamp(const Bounds& bounds)
-      : low(E::widen(E::narrow(static_cast<Opmath>(bounds.low)))),
-        high(E::widen(E::narrow(static_cast<Opmath>(bounds.high)))) {}
+      : low(static_cast<Opmath>(bounds.low)), high(static_cast<Opmath>(bounds.high)) {}
   __device__ bool is_needed() const { return true; }
   __device__ bool operator()(typename E::Storage& x) const {
     const Opmath before = E::widen(x);
