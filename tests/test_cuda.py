@@ -111,6 +111,16 @@ def test_order_zero_counts_tensors_and_not_chunks():
     assert fastclip.get_total_norm([large, zeros, holes, zeros[:5], large[:1]], 0.0) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-52, -49])
+def test_squares_below_the_range_of_float32(dtype, exponent):
+    """One square within it and 65,535 below it, which float32 rounds by a third and more."""
+    grad = torch.full((CHUNK,), 1.2 * 2.0**-75, dtype=dtype)
+    grad[7] = 2.0**exponent
+    norm = fastclip.get_total_norm([grad], norm_dtype=torch.float64)
+    reference.assert_norm(norm, reference.total_norm([grad]))
+
+
 @pytest.mark.parametrize("norm_dtype", [None, *reference.FLOATS])
 @pytest.mark.parametrize("dtype", reference.FLOATS)
 def test_the_norm_is_rounded_once(dtype, norm_dtype):
