@@ -85,6 +85,14 @@ __device__ void store(Vector<E>* place, const Vector<E>& vector) {
   *reinterpret_cast<uint4*>(place) = words;
 }
 
+// The bits that are set in any word of a vector.
+template <class E>
+__device__ uint32_t any_bits(const Vector<E>& vector) {
+  uint4 words;
+  memcpy(&words, &vector, sizeof(words));
+  return words.x | words.y | words.z | words.w;
+}
+
 // The elements of a chunk: a body of whole vectors that starts at a multiple of 16 bytes, and the edges, of less than a
 // vector each, before and after it.
 template <class E>

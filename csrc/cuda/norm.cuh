@@ -68,8 +68,11 @@ __device__ double sum_of(const Run<E>& run) {
     return wide_sum<kKind>(run, 0);
   } else {
     constexpr bool kExactSquares = sizeof(typename E::Storage) == 2;
+    constexpr uint32_t kMagnitudes = sizeof(typename E::Storage) == 2 ? 0x7fff7fff : 0x7fffffff;
     Pair pair;
+    uint32_t seen = 0;
     run.for_each_vector([&](const Vector<E>& vector, const Vector<E>*) {
+      seen |= any_bits(vector);
 #pragma unroll
       for (int i = 0; i < Vector<E>::kLanes; ++i) {
         const float x = E::widen(vector.lanes[i]);
@@ -82,7 +85,10 @@ __device__ double sum_of(const Run<E>& run) {
     const double sum = block_sum(pair.wide() + edge_sum<kKind>(run, 0));
     const double least = kKind == NormKind::kSquares ? kLeastSumOfSquares : 0;
     if (sum >= least) return sum;
-    return wide_sum<kKind>(run, 0);  // float32 lost squares below its range, or overflowed, which makes the pair NaN
+    // Float32 lost squares below its range, or overflowed, which makes the pair NaN; unless the body is all zero, as
+    // where a layer is frozen or a row of an embedding was not used.
+    if (block_sum((seen & kMagnitudes) != 0) == 0) return sum;
+    return wide_sum<kKind>(run, 0);
   }
 }
 
