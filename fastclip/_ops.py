@@ -136,7 +136,7 @@ def _driver_version() -> int:
 def _load_cuda_library() -> tuple[ctypes.CDLL | None, str | None]:
     if torch.version.cuda is None:
         return None, "this torch was not built for CUDA"
-    library, reason = _load("libfastclip_cuda.so", "nvcc")
+    library, reason = _load("libfastclip_cuda.so", "nvcc, or USE_CUDA=0,")
     if library is None:
         return None, reason
     needed, driver = library.fastclip_cuda_runtime_version(), _driver_version()
