@@ -12,6 +12,7 @@ import torch.nn.utils as torchs
 import fastclip
 import subproc
 from cases import parameters
+from fastclip import _ops
 from test_parity import outcome
 
 NAMES = ("clip_grad_norm_", "clip_grad_value_", "get_total_norm", "clip_grads_with_norm_")
@@ -281,6 +282,42 @@ def test_backends_lists_reasons():
     assert "eager" in listed
     assert listed["eager"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in listed.values())
+
+
+class CudaLibrary:
+    """What _ops asks of libfastclip_cuda.so."""
+
+    def __init__(self):
+        self.registered = []
+        self.fastclip_cuda_runtime_version = lambda: 13000
+        self.fastclip_cuda_init = lambda *where: self.registered.append(where)
+        self.fastclip_cuda_unsupported = lambda device: None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "built", "driver", "reason"),
+    [
+        (None, True, 13000, "this torch was not built for CUDA"),
+        ("13.0", False, 13000, "libfastclip_cuda.so was not built"),
+        ("13.0", True, 0, "no NVIDIA driver"),
+        ("13.0", True, 12080, "the NVIDIA driver serves CUDA 12.8, the kernels are compiled for 13.0"),
+        ("12.8", True, 13020, None),
+    ],
+)
+def test_when_the_cuda_library_is_used(monkeypatch, cuda, built, driver, reason):
+    library = CudaLibrary()
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(_ops, "_driver_version", lambda: driver)
+    absent = None, "libfastclip_cuda.so was not built (no nvcc, or USE_CUDA=0, at install time)"
+    monkeypatch.setattr(_ops, "_load", lambda name, without: (library, None) if built else absent)
+    loaded, why = _ops._load_cuda_library()
+    if reason is None:
+        assert (loaded, why) == (library, None)
+        assert library.registered == [(b"fastclip", b"CUDA")]
+    else:
+        assert loaded is None
+        assert reason in why
+        assert not library.registered
 
 
 def test_native_is_available(native):
