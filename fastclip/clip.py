@@ -177,12 +177,16 @@ def get_total_norm(
         if error_if_nonfinite:
             _raise_if_nonfinite(total_norm, norm_type)
         return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
-    if _needs_torch(tensors):
+    partial = _partial_in_one_call(tensors, norm_type, foreach)
+    if partial is None and _needs_torch(tensors):
         total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
-    parts = _groups.split(tensors)
-    _check_foreach(parts, foreach)
-    total_norm = _total_norm(parts, norm_type)
+    if partial is None:
+        parts = _groups.split(tensors)
+        _check_foreach(parts, foreach)
+        total_norm = _total_norm(parts, norm_type)
+    else:
+        total_norm = _root(partial, norm_type)
     if error_if_nonfinite:
         _raise_if_nonfinite(total_norm, norm_type)
     return total_norm.to(norm_dtype or _ops.promoted_dtype(tensors))
@@ -456,7 +460,7 @@ def _reduced_norm(
         held = [grad for grad in shard.tensors if grad is not None]
         # Order 0 counts tensors: one that is non-zero on several ranks is still one.
         lists = [held] if norm_type != 0 else [[] if grad is None else [grad] for grad in shard.tensors]
-        partials.append(torch.stack([_partial_in_one_call(grads, norm_type, like) for grads in lists]))
+        partials.append(torch.stack([_partial_of(grads, norm_type, like) for grads in lists]))
     partials = distributed.reduce(partials, [shard.route for shard in shards], norm_type)
     partials = [partial.count_nonzero().to(partial.dtype) if norm_type == 0 else partial[0] for partial in partials]
     partial = _combine(partials or [_partial([], norm_type, like)], norm_type)
@@ -465,11 +469,17 @@ def _reduced_norm(
     return _root(partial, norm_type)
 
 
-def _partial_in_one_call(grads: list[Tensor], norm_type: float, like: Tensor) -> Tensor:
-    if grads and norm_type >= 0 and _may_be_one_call(grads, None):
-        with contextlib.suppress(RuntimeError):  # the list needs the closer look below
-            return _ops.norm_partial(grads, norm_type).to(like.device)
-    return _partial(_groups.split(grads), norm_type, like)
+def _partial_in_one_call(tensors: Sequence[Tensor], norm_type: float, foreach: bool | None) -> Tensor | None:
+    """The partial by a single op; None where the list needs the closer look of :func:`_groups.split`."""
+    if tensors and norm_type >= 0 and _may_be_one_call(tensors, foreach):
+        with contextlib.suppress(RuntimeError):
+            return _ops.norm_partial(tensors, norm_type)
+    return None
+
+
+def _partial_of(grads: list[Tensor], norm_type: float, like: Tensor) -> Tensor:
+    partial = _partial_in_one_call(grads, norm_type, None)
+    return _partial(_groups.split(grads), norm_type, like) if partial is None else partial.to(like.device)
 
 
 def _partial(parts: Sequence[_groups.Part], norm_type: float, like: Tensor) -> Tensor:
