@@ -1,7 +1,4 @@
 // The CPU kernels of torch.ops.fastclip, registered through torch's stable C ABI.
-#include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "abi.h"
@@ -10,6 +7,7 @@
 #include "cpu/half.h"
 #include "cpu/loops.h"
 #include "cpu/passes.h"
+#include "export.h"
 #include "tensor_list.h"
 
 namespace {
@@ -57,52 +55,32 @@ void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
   leave(stack, new_scalar(cpu::norm_partial(tensors.views(), to_double(stack[1])), Dtype::kFloat64));
 }
 
-// scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
-  const OwnedTensor clip_coef = to_tensor(stack[1]);
-  const TensorList tensors(stack[0]);
-  check_writable(tensors.views());
-  cpu::scale(tensors.views(), read(view_scalar(clip_coef, tensors.device(), "clip_coef")));
+  const ScaleArguments arguments(stack);
+  cpu::scale(arguments.tensors.views(), read(arguments.clip_coef));
 }
 
-// clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
 void clamp_(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList tensors(stack[0]);
-  check_writable(tensors.views());
-  const double min = to_double(stack[1]), max = to_double(stack[2]);
-  check_bound(tensors.views(), min);
-  check_bound(tensors.views(), max);
-  cpu::clamp(tensors.views(), min, max);
+  const ClampArguments arguments(stack);
+  cpu::clamp(arguments.tensors.views(), arguments.min, arguments.max);
 }
 
-// clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
 void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
-  const double max_norm = to_double(stack[1]), norm_type = to_double(stack[2]);
-  const std::unique_ptr<StableIValue> dtype = to_optional(stack[3]);
-  const TensorList grads(stack[0]);
-  const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : promoted_dtype(grads.views());
-  check_writable(grads.views());
-  const double total_norm = cpu::total_norm(grads.views(), norm_type);
-  OwnedTensor result = new_scalar(total_norm, norm_dtype);
-  cpu::scale(grads.views(), clip_coef(total_norm, max_norm));
+  const ClipArguments arguments(stack);
+  const double total_norm = cpu::total_norm(arguments.grads.views(), arguments.norm_type);
+  OwnedTensor result = new_scalar(total_norm, arguments.norm_dtype);
+  cpu::scale(arguments.grads.views(), clip_coef(total_norm, arguments.max_norm));
   leave(stack, std::move(result));
 }
 
 }  // namespace
 
-#define FASTCLIP_EXPORT extern "C" __attribute__((visibility("default")))
-
 // Called once after loading: chooses the ISA and registers the kernels. Returns null, or what went wrong.
 FASTCLIP_EXPORT const char* fastclip_cpu_init() {
-  static std::string error;
-  try {
+  return error_of([] {
     cpu::loops();
     register_kernels("fastclip", "CPU", norm_partial, scale_, clamp_, clip_grad_norm_);
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
+  });
 }
 
 // The name of the chosen ISA.

@@ -10,6 +10,7 @@
 
 #include "clip.h"
 #include "cpu/passes.h"
+#include "export.h"
 #include "tensor_list.h"
 
 namespace {
@@ -126,8 +127,6 @@ bool caught(const Body& body) {
 }
 
 }  // namespace
-
-#define FASTCLIP_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Returns whether this torch's exchange table is one that we know.
 FASTCLIP_EXPORT bool fastclip_plan_init(const Python* functions, const void* dlpack_exchange) {

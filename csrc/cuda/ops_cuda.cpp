@@ -1,12 +1,11 @@
 // The CUDA kernels of torch.ops.fastclip, registered through torch's stable C ABI.
-#include <memory>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 #include "../abi.h"
 #include "../boxed.h"
 #include "../clip.h"
+#include "../export.h"
 #include "../plan.h"
 #include "../tensor_list.h"
 #include "passes.h"
@@ -28,86 +27,56 @@ class DeviceGuard {
   DeviceGuardHandle guard_ = nullptr;
 };
 
-cuda::Queue current_queue(Device device) {
-  cuda::Queue queue{device.index, nullptr};
-  FASTCLIP_CALL(aoti_torch_get_current_cuda_stream, device.index, &queue.stream);
-  return queue;
-}
+// What a pass needs of torch for as long as it is queued: its device as the current one, that device's stream, and
+// memory of torch's allocator, which given back is used again on the same stream only.
+struct Call {
+  const DeviceGuard guard;
+  const OwnedTensor memory;
+  double* const scratch;
+  cuda::Queue queue;
 
-// Memory of torch's allocator: given back when the call returns, it is used again on the same stream only.
-struct Scratch {
-  OwnedTensor tensor;
-  double* data;
-
-  Scratch(Device device, int64_t size)
-      : tensor(new_tensor(size, Dtype::kFloat64, device)), data(static_cast<double*>(data_of(tensor))) {}
+  Call(Device device, int64_t scratch_size)
+      : guard(device.index),
+        memory(new_tensor(scratch_size, Dtype::kFloat64, device)),
+        scratch(static_cast<double*>(data_of(memory))),
+        queue{device.index, nullptr} {
+    FASTCLIP_CALL(aoti_torch_get_current_cuda_stream, device.index, &queue.stream);
+  }
 };
 
 // norm_partial(Tensor[] tensors, float norm_type) -> Tensor
 void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
-  const DeviceGuard guard(tensors.device().index);
-  const Scratch scratch(tensors.device(), cuda::scratch_size(tensors.views()));
+  const Call call(tensors.device(), cuda::scratch_size(tensors.views()));
   OwnedTensor result = new_tensor(kScalar, Dtype::kFloat64, tensors.device());
-  cuda::norm_partial(tensors.views(), to_double(stack[1]), scratch.data, static_cast<double*>(data_of(result)),
-                     current_queue(tensors.device()));
+  cuda::norm_partial(tensors.views(), to_double(stack[1]), call.scratch, static_cast<double*>(data_of(result)),
+                     call.queue);
   leave(stack, std::move(result));
 }
 
-// scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
-  const OwnedTensor clip_coef = to_tensor(stack[1]);
-  const TensorList tensors(stack[0]);
-  check_writable(tensors.views());
-  const Scalar coef = view_scalar(clip_coef, tensors.device(), "clip_coef");
-  const DeviceGuard guard(tensors.device().index);
-  const Scratch scratch(tensors.device(), 1);
-  cuda::scale(tensors.views(), coef, scratch.data, current_queue(tensors.device()));
+  const ScaleArguments arguments(stack);
+  const Call call(arguments.tensors.device(), 1);
+  cuda::scale(arguments.tensors.views(), arguments.clip_coef, call.scratch, call.queue);
 }
 
-// clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
 void clamp_(StableIValue* stack, uint64_t, uint64_t) {
-  const TensorList tensors(stack[0]);
-  check_writable(tensors.views());
-  const double min = to_double(stack[1]), max = to_double(stack[2]);
-  check_bound(tensors.views(), min);
-  check_bound(tensors.views(), max);
-  const DeviceGuard guard(tensors.device().index);
-  const Scratch scratch(tensors.device(), 1);
-  cuda::clamp(tensors.views(), min, max, scratch.data, current_queue(tensors.device()));
+  const ClampArguments arguments(stack);
+  const Call call(arguments.tensors.device(), 1);
+  cuda::clamp(arguments.tensors.views(), arguments.min, arguments.max, call.scratch, call.queue);
 }
 
-// clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
 void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
-  const double max_norm = to_double(stack[1]), norm_type = to_double(stack[2]);
-  const std::unique_ptr<StableIValue> dtype = to_optional(stack[3]);
-  const TensorList grads(stack[0]);
-  const Dtype norm_dtype = dtype != nullptr ? to_dtype(*dtype) : promoted_dtype(grads.views());
-  check_writable(grads.views());
-  const DeviceGuard guard(grads.device().index);
-  const Scratch scratch(grads.device(), cuda::scratch_size(grads.views()));
-  OwnedTensor norm = new_tensor(kScalar, norm_dtype, grads.device());
-  cuda::clip_grad_norm(grads.views(), max_norm, norm_type, scratch.data, data_of(norm), norm_dtype,
-                       current_queue(grads.device()));
+  const ClipArguments arguments(stack);
+  const TensorList& grads = arguments.grads;
+  const Call call(grads.device(), cuda::scratch_size(grads.views()));
+  OwnedTensor norm = new_tensor(kScalar, arguments.norm_dtype, grads.device());
+  cuda::clip_grad_norm(grads.views(), arguments.max_norm, arguments.norm_type, call.scratch, data_of(norm),
+                       arguments.norm_dtype, call.queue);
   leave(stack, std::move(norm));
 }
 
-// The text of what went wrong, for whoever cannot catch an exception; null where nothing did.
-template <class Body>
-const char* error_of(const Body& body) {
-  static thread_local std::string error;
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-}
-
 }  // namespace
-
-#define FASTCLIP_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The version of CUDA that the driver has to serve, as 1000 * major + 10 * minor.
 FASTCLIP_EXPORT int fastclip_cuda_runtime_version() { return cuda::runtime_version(); }
@@ -130,19 +99,14 @@ FASTCLIP_EXPORT const char* fastclip_cuda_unsupported(int device) {
 FASTCLIP_EXPORT const char* fastclip_cuda_plan_clip_grad_norm(const Plan* plan, double max_norm, double norm_type,
                                                               void* norm, int dtype) {
   return error_of([&] {
-    const Device device{aoti_torch_device_type_cuda(), plan->gpu};
-    const DeviceGuard guard(device.index);
-    const Scratch scratch(device, cuda::scratch_size(plan->tensors));
-    cuda::clip_grad_norm(plan->tensors, max_norm, norm_type, scratch.data, norm, static_cast<Dtype>(dtype),
-                         current_queue(device));
+    const Call call({aoti_torch_device_type_cuda(), plan->gpu}, cuda::scratch_size(plan->tensors));
+    cuda::clip_grad_norm(plan->tensors, max_norm, norm_type, call.scratch, norm, static_cast<Dtype>(dtype), call.queue);
   });
 }
 
 FASTCLIP_EXPORT const char* fastclip_cuda_plan_clamp(const Plan* plan, double clip_value) {
   return error_of([&] {
-    const Device device{aoti_torch_device_type_cuda(), plan->gpu};
-    const DeviceGuard guard(device.index);
-    const Scratch scratch(device, 1);
-    cuda::clamp(plan->tensors, -clip_value, clip_value, scratch.data, current_queue(device));
+    const Call call({aoti_torch_device_type_cuda(), plan->gpu}, 1);
+    cuda::clamp(plan->tensors, -clip_value, clip_value, call.scratch, call.queue);
   });
 }

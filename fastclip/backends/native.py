@@ -12,7 +12,7 @@ __all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses"
 
 NAME = "native"
 OPS = _ops.compiled_for & {"cpu"}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> str | None:
@@ -29,7 +29,7 @@ def refuses_on_any_device(tensor: Tensor) -> str | None:
     """The reason why no compiled kernel takes a tensor, wherever it is."""
     if tensor.layout != torch.strided:
         return f"layout {tensor.layout}"
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in _DTYPES:
         return f"dtype {tensor.dtype}"
     if torch.compiler.is_compiling():
         return None
