@@ -1,4 +1,4 @@
-"""Checks the name and the contents of a wheel. Usage: check_wheel.py cuda|native|pure WHEEL"""
+"""Checks the name and the contents of a wheel. Usage: check_wheel.py cuda|cpu|pure WHEEL"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {
     "cuda": {"fastclip/libfastclip_cpu.so", "fastclip/libfastclip_cuda.so"},
-    "native": {"fastclip/libfastclip_cpu.so"},
+    "cpu": {"fastclip/libfastclip_cpu.so"},
     "pure": set(),
 }
 

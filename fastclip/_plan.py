@@ -163,7 +163,7 @@ def of_gradients(parameters: list[Tensor]) -> CpuPlan | GpuPlan | None:
 
 
 def _new(tensors: list[Tensor], of_gradients: bool, planned: list[Tensor], gpus: bool) -> CpuPlan | GpuPlan | None:
-    cpu = _dispatch.is_first("native")
+    cpu = _dispatch.is_first("cpu")
     if _libraries is None or not (cpu or gpus) or _is_watched():
         return None
     handle = _libraries[0].fastclip_plan_new(tensors, of_gradients, planned, gpus)

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     build: Callable[[torch.dtype, torch.Generator], list[torch.Tensor]]
     dtypes: tuple[torch.dtype, ...] = FLOATS
     aliased: bool = False  # some element is in the list more than once
-    kernel: bool = True  # the native backend has to take it itself
+    kernel: bool = True  # the cpu backend has to take it itself
     readonly: bool = False
 
     def make(self, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -57,12 +57,12 @@ def backend(request):
 
 
 @pytest.fixture
-def native():
-    """Force the native backend; without it the test fails, unless a pure-Python install is what is being tested."""
-    if "native" not in BACKENDS:
-        assert os.environ.get("FASTCLIP_TEST_PURE") == "1", fastclip.backends()["native"]
+def cpu():
+    """Force the cpu backend; without it the test fails, unless a pure-Python install is what is being tested."""
+    if "cpu" not in BACKENDS:
+        assert os.environ.get("FASTCLIP_TEST_PURE") == "1", fastclip.backends()["cpu"]
         pytest.skip("pure-Python install")
-    with fastclip.use_backend("native"):
+    with fastclip.use_backend("cpu"):
         yield
 
 

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 
 from fastclip import _dispatch, _ops, _plan
-from fastclip.backends import native
+from fastclip.backends import cpu
 
 ROOT = Path(__file__).parents[1]
-HEADERS = Path(__file__).parent / "native" / "cuda_on_cpu"
+HEADERS = Path(__file__).parent / "cpu" / "cuda_on_cpu"
 NAMESPACE = "fastclip_cuda_on_cpu"
 # A misaligned access ends in cuda_runtime.h.
 FLAGS = (
@@ -104,7 +104,7 @@ def backend() -> ModuleType:
     library()
     module, ops = ModuleType(NAMESPACE), getattr(torch.ops, NAMESPACE)
     module.NAME, module.OPS = "cuda", frozenset()
-    module.unavailable, module.refuses = lambda: None, native.refuses_on_any_device
+    module.unavailable, module.refuses = lambda: None, cpu.refuses_on_any_device
     for name in ("norm_partial", "scale_", "clamp_", "clip_grad_norm_"):
         setattr(module, name, getattr(ops, name).default)
     return module

@@ -397,11 +397,11 @@ def test_providers_of_a_gpu(monkeypatch):
         monkeypatch.setattr(_dispatch, "BACKENDS", backends)
         return [provider.name for provider in providers.available(torch.device("cuda"))]
 
-    kernels = names(native=refuses, cuda=takes, triton=takes, eager=takes)
+    kernels = names(cpu=refuses, cuda=takes, triton=takes, eager=takes)
     assert kernels == [BASELINE, "fastclip cuda", "fastclip triton"]
     monkeypatch.setitem(sys.modules, "apex.contrib.clip_grad", SimpleNamespace(clip_grad_norm_=None))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(optimizers=None))
-    loops = names(native=refuses, cuda=missing, triton=missing, eager=takes)
+    loops = names(cpu=refuses, cuda=missing, triton=missing, eager=takes)
     assert loops == [BASELINE, "fastclip eager", "apex", "TransformerEngine"]
 
 

@@ -167,7 +167,7 @@ def test_norm_dtype(backend):
             assert norm.shape == ()
 
 
-def test_threads_give_the_same_gradients(native):
+def test_threads_give_the_same_gradients(cpu):
     def clipped(threads):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(4)

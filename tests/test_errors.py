@@ -278,7 +278,7 @@ def everything_listed(message: str) -> bool:
 
 def test_backends_lists_reasons():
     listed = fastclip.backends()
-    assert list(listed) == [n for n in ("native", "cuda", "triton", "eager") if n in listed]
+    assert list(listed) == [n for n in ("cpu", "cuda", "triton", "eager") if n in listed]
     assert "eager" in listed
     assert listed["eager"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in listed.values())
@@ -320,8 +320,8 @@ def test_when_the_cuda_library_is_used(monkeypatch, cuda, built, driver, reason)
         assert not library.registered
 
 
-def test_native_is_available(native):
-    assert fastclip.backends()["native"] is None
+def test_cpu_is_available(cpu):
+    assert fastclip.backends()["cpu"] is None
 
 
 @pytest.mark.parametrize("name", ["bogus", "", "Native", None, 3])
@@ -356,7 +356,7 @@ def test_backend_is_given_back():
     assert fastclip.why(made)[0].backend == usual
 
 
-def forced_native_cases():
+def forced_cpu_cases():
     sparse = torch.nn.Parameter(torch.zeros(4, 2))
     sparse.grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2, 2), (4, 2), check_invariants=True)
     return {
@@ -367,9 +367,9 @@ def forced_native_cases():
 
 
 @pytest.mark.parametrize("kind", ["complex", "sparse", "subclass"])
-def test_forced_backend_that_cannot(native, kind, fence):
+def test_forced_backend_that_cannot(cpu, kind, fence):
     """Forced is forced: ValueError, and the ordinary gradient in the same list is untouched."""
-    (odd,) = forced_native_cases()[kind]
+    (odd,) = forced_cpu_cases()[kind]
     ordinary = torch.tensor([3.0, 4.0])
     made = [*parameters([ordinary]), odd]
     before = fence([ordinary])
@@ -379,7 +379,7 @@ def test_forced_backend_that_cannot(native, kind, fence):
         lambda: fastclip.clip_grads_with_norm_(made, 1.0, torch.tensor(5.0)),
         lambda: fastclip.get_total_norm([p.grad for p in made]),
     ):
-        with pytest.raises(ValueError, match="native"):
+        with pytest.raises(ValueError, match="cpu"):
             call()
         assert before.unchanged()
 
@@ -388,7 +388,7 @@ def test_forced_backend_that_cannot(native, kind, fence):
 
 
 def test_why_names_backend_and_reason():
-    odd = forced_native_cases()
+    odd = forced_cpu_cases()
     made = [*parameters([torch.ones(2), torch.ones(3, dtype=torch.bfloat16)]), odd["complex"][0], odd["sparse"][0]]
     groups = fastclip.why([*made, torch.nn.Parameter(torch.ones(1))])
     assert sum(group.count for group in groups) == 4
@@ -402,9 +402,9 @@ def test_why_names_backend_and_reason():
         assert group.reason in text
     by_dtype = {dtype: group for group in groups for dtype in group.dtypes}
     assert by_dtype["complex64"].backend == "eager"
-    if fastclip.backends()["native"] is None:
+    if fastclip.backends()["cpu"] is None:
         assert "complex" in by_dtype["complex64"].reason
-        assert by_dtype["bfloat16"].backend == "native"
+        assert by_dtype["bfloat16"].backend == "cpu"
 
 
 def test_why_forms():

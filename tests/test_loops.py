@@ -65,7 +65,7 @@ def run_grid(threads: int) -> dict:
     torch.set_num_threads(threads)
     out: dict = {"isa": fastclip._ops.cpu_isa()}
     ops = torch.ops.fastclip
-    with fastclip.use_backend("native"):
+    with fastclip.use_backend("cpu"):
         for dtype in reference.FLOATS:
             for values in ("plain", "special"):
                 grid = list(tensors(dtype, values))
@@ -107,7 +107,7 @@ def active_isa() -> str:
 RUNS = [(isa, threads) for isa, there in isas().items() if there for threads in (1, 2)]
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("dtype", reference.FLOATS)
 class TestScalarLoops:
     """The oracle of the other loops, against the oracle of the tests."""
@@ -139,7 +139,7 @@ class TestScalarLoops:
             reference.assert_bits([results("scalar", 1)["clamp", dtype, str(bound)]], [expected])
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(("isa", "threads"), RUNS)
 def test_same_bits_everywhere(isa, threads):
     """One answer for every ISA and every number of threads."""
@@ -153,7 +153,7 @@ def test_same_bits_everywhere(isa, threads):
                 reference.assert_bits([other[key]], [scalar[key]])
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("isa", [*(isa for isa, there in isas().items() if not there), "sse9"])
 def test_isa_that_is_not_there(isa):
     """An ISA that the machine lacks, or nobody knows, is an error that names the variable and the value."""
@@ -163,7 +163,7 @@ def test_isa_that_is_not_there(isa):
     assert isa in child.error
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("cpu")
 def test_best_isa_is_the_default():
     """Without the variable, and with an empty one, the widest loops that the machine can run."""
     child = subproc.call("test_loops:active_isa", env={"FASTCLIP_CPU_ISA": ""})

@@ -125,7 +125,7 @@ def test_error_is_at_most_torchs(backend, dtype):
             assert ours <= min(torchs + row.norm * expected, row.norm * expected)
 
 
-def test_threads_give_the_same_bits(native):
+def test_threads_give_the_same_bits(cpu):
     generator = torch.Generator().manual_seed(2)
     tensors = [random(generator, dtype, n) for dtype in reference.FLOATS for n in (7, 5 * CHUNK + 13, CHUNK)]
     tensors.append(random(generator, torch.float32, 700, 301).t()[1:])

@@ -51,7 +51,7 @@ def test_schema(name):
 
 @pytest.mark.parametrize("kind", ["plain", "mixed dtypes", "strided", "requires grad"])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck(native, name, kind):
+def test_opcheck(cpu, name, kind):
     """Schema and aliasing, autograd registration, fake kernel, AOT dispatch with fixed and dynamic shapes."""
     for rest, options in arguments(name):
         checked = torch.library.opcheck(getattr(OPS, name).default, (lists()[kind], *rest), options)
@@ -59,7 +59,7 @@ def test_opcheck(native, name, kind):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_fake_matches_the_kernel(native, name):
+def test_fake_matches_the_kernel(cpu, name):
     for tensors in lists().values():
         for rest, options in arguments(name):
             real = getattr(OPS, name)([t.detach().clone() for t in tensors], *rest, **options)
@@ -71,7 +71,7 @@ def test_fake_matches_the_kernel(native, name):
 
 
 @pytest.mark.parametrize("dtype", reference.FLOATS)
-def test_norm_partial_is_before_the_root(native, dtype):
+def test_norm_partial_is_before_the_root(cpu, dtype):
     tensors = [torch.tensor([3.0, -4.0], dtype=dtype), torch.tensor(2.0, dtype=dtype)]
     for norm_type, expected in ((2.0, 29.0), (1.0, 9.0), (3.0, 99.0), (math.inf, 4.0), (-math.inf, 2.0), (0.0, 2.0)):
         partial = OPS.norm_partial(tensors, norm_type)
@@ -81,7 +81,7 @@ def test_norm_partial_is_before_the_root(native, dtype):
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
-def test_ops_agree_with_the_functions(native, case, dtype):
+def test_ops_agree_with_the_functions(cpu, case, dtype):
     """Called as ops, as a trace or a mode sees them, the kernels give the bits of the public functions."""
     for norm_type in (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0):
         ours, theirs = case.make(dtype), case.make(dtype)
@@ -103,7 +103,7 @@ def test_ops_agree_with_the_functions(native, case, dtype):
     reference.assert_bits(ours, theirs)
 
 
-def test_ops_do_not_return_their_inputs(native):
+def test_ops_do_not_return_their_inputs(cpu):
     """A result must not share memory with what was written."""
     grads = [torch.tensor([2.0])]
     norm = OPS.clip_grad_norm_(grads, 0.5, 2.0)
@@ -132,7 +132,7 @@ def test_version_counters(backend, max_norm, foreach):
 
 
 @pytest.mark.parametrize("name", ["scale_", "clamp_", "clip_grad_norm_"])
-def test_direct_calls_bump_versions(native, name):
+def test_direct_calls_bump_versions(cpu, name):
     for rest, options in arguments(name):
         tensors = [torch.randn(3), torch.randn(2, 2)]
         versions = [t._version for t in tensors]
@@ -185,7 +185,7 @@ def test_nothing_is_recorded(backend, clip):
         product.sum().backward()
 
 
-def test_ops_record_nothing_when_called_directly(native):
+def test_ops_record_nothing_when_called_directly(cpu):
     """Outside no_grad, with inputs that require gradients."""
     tensors = [torch.randn(3, requires_grad=True) * 2]
     node = tensors[0].grad_fn

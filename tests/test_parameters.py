@@ -186,7 +186,7 @@ def test_nothing_is_kept(backend):
     assert alive() is None
 
 
-def test_memory_does_not_grow(native):
+def test_memory_does_not_grow(cpu):
     """Thousands of calls leave the process as large as it was."""
     resource = pytest.importorskip("resource")
     made = parameters([torch.ones(5) for _ in range(50)])

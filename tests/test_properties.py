@@ -163,7 +163,7 @@ def test_layout_does_not_matter(backend, grads, norm_type):
 
 @check
 @given(grads=gradients(), threads=st.integers(2, 4), norm_type=norm_types, max_norm=max_norms)
-def test_threads_do_not_matter(native, grads, threads, norm_type, max_norm):
+def test_threads_do_not_matter(cpu, grads, threads, norm_type, max_norm):
     grads = [*grads, torch.randn(140_000, generator=torch.Generator().manual_seed(6))]
     before, results = torch.get_num_threads(), []
     try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import cuda, eager, native, triton_
+from . import cpu, cuda, eager, triton_
 
 # In order of preference; eager takes whatever the others refuse.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, cuda, triton_, eager)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton_, eager)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _ops
 from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
-from . import native
+from . import cpu
 
 __all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
@@ -24,4 +24,4 @@ def refuses(tensor: Tensor) -> str | None:
         return f"no CUDA kernels for {tensor.device.type} tensors"
     if not torch.compiler.is_compiling() and (reason := _ops.cuda_unsupported(tensor.device.index)):
         return f"{tensor.device}: {reason}"
-    return native.refuses_on_any_device(tensor)
+    return cpu.refuses_on_any_device(tensor)

@@ -10,7 +10,7 @@ from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
 
 __all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
-NAME = "native"
+NAME = "cpu"
 OPS = _ops.compiled_for & {"cpu"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
