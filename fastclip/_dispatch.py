@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -118,13 +118,15 @@ def in_forward_ad() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-_COMPILED = tuple(
-    next((b for b in BACKENDS.values() if b.ENGINE and device == b.DEVICE), None) for device in ("cpu", "cuda")
-)
+def _compiled(among: Iterable[ModuleType]) -> tuple[ModuleType | None, ModuleType | None]:
+    engines = {backend.DEVICE: backend for backend in among if backend.ENGINE}
+    return engines.get("cpu"), engines.get("cuda")
+
+
+_usually_compiled = _compiled([_environment] if _environment else BACKENDS.values())
 
 
 def compiled() -> tuple[ModuleType | None, ModuleType | None]:
     """The backends whose engines take what the reader has read: of the CPU and of CUDA devices."""
-    if (chosen := forced()) is None:
-        return _COMPILED
-    return tuple(chosen if chosen.ENGINE and device == chosen.DEVICE else None for device in ("cpu", "cuda"))
+    chosen = _chosen.get(None)
+    return _usually_compiled if chosen is None else _compiled([chosen])

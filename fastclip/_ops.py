@@ -64,7 +64,7 @@ _SKIP = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_fram
 
 
 def _untraced(function: Callable) -> Callable:
-    """Lets Dynamo leave a function, and what it calls, to Python, without the import that torch.compiler.disable takes."""
+    """Lets Dynamo leave a function, and what it calls, to Python; torch.compiler.disable would import Dynamo for it."""
     _eval_frame.set_code_exec_strategy(function.__code__, _SKIP)
     return function
 

@@ -106,7 +106,8 @@ def as_groups(process_group: ProcessGroup | Iterable[ProcessGroup] | None) -> li
 
 def dtensor_type() -> type[Tensor] | None:
     # Who has not imported the module has no DTensors, and its import takes long.
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else getattr(module, "DTensor", None)
 
 
 def full(total_norm: Tensor) -> Tensor:

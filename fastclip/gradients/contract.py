@@ -54,6 +54,7 @@ class Gradients:
     shorter way for a whole call overrides it.
     """
 
+    __slots__ = ()
     tensors: Sequence[Tensor] = ()  # what this rank holds
 
     # What an engine computes.
@@ -171,11 +172,9 @@ _LEAST_RANGE = torch.finfo(torch.float16).max
 
 def check_bound(dtypes: Iterable[torch.dtype], low: float, high: float) -> None:
     """Raises torch's error where a finite bound overflows a dtype."""
-    if torch.compiler.is_compiling():
-        return  # it may not know the number
-    bound = max(abs(low) if math.isfinite(low) else 0.0, abs(high) if math.isfinite(high) else 0.0)
-    if bound <= _LEAST_RANGE:
+    if -_LEAST_RANGE <= low <= high <= _LEAST_RANGE:
         return
+    bound = max(abs(low) if math.isfinite(low) else 0.0, abs(high) if math.isfinite(high) else 0.0)
     for dtype in dtypes:
         if dtype.is_floating_point and torch.finfo(dtype).max < bound:
             raise RuntimeError(f"clip_value: value cannot be converted to type {dtype} without overflow: {bound}")

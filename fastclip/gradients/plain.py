@@ -15,7 +15,8 @@ from .contract import Clip, Gradients, Group, check_bound, describe
 # In the order of Dtype in csrc/clip.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
-_increment_version = torch.autograd.graph.increment_version
+# torch.autograd.graph.increment_version without its look at the argument.
+_increment_version = torch._C._increment_version
 
 # For each set of bits the promotion of its dtypes, and those.
 _SETS = [
@@ -33,7 +34,7 @@ def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
 class Plain(Gradients):
     """What csrc/reader.cpp could view: no op is dispatched, and numbers stay in the memory of the device."""
 
-    def __init__(self, backend: ModuleType, views: object, tensors: list[Tensor], device: int, dtype: int) -> None:
+    def __init__(self, backend: ModuleType, views: object, tensors: list[Tensor], device: int, dtypes: int) -> None:
         self._backend, self._engine, self._views, self.tensors = backend, backend.ENGINE, views, tensors
         self._device = _CPU if device < 0 else torch.device("cuda", device)
         self._dtypes = _SETS[dtypes]

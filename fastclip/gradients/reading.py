@@ -18,11 +18,19 @@ from .contract import PLAIN
 
 # Plain tensors, and what a trace puts in their place.
 KNOWN = PLAIN | {FakeTensor, FunctionalTensor}
+# Who watches: each is asked at every call.
+_is_compiling = torch.compiler.is_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+_in_inference_mode = torch.is_inference_mode_enabled
+_has_function_modes = torch._C._is_torch_function_mode_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_profiling = torch._C._autograd._profiler_enabled
 # In the order of Reason in csrc/reader.cpp: why no compiled engine takes a tensor.
 _REASONS = (
     None,
-    "no compiled kernels for {0.device.type} tensors",
-    "layout {0.layout}",
+    "no compiled kernels for {0.device.type}",
+    "layout {0.layout} on {0.device.type}",
     "dtype {0.dtype}",
     "elements that may share memory",
     "no memory",
@@ -78,19 +86,19 @@ def read(
     Returns:
         sections and shares; None where a tensor is of a type that is not known here.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _is_compiling() or _transform() is not None:
         return _read_in_python(tensors, gradients, skip)
-    if torch._C._is_tracing():
+    if _is_tracing():
         return None  # torch.jit drops an op whose result nobody reads
     cpu, cuda = _dispatch.compiled()
-    if _ops.read is None or not (cpu or cuda):
+    if cpu is cuda:  # neither
         return _read_in_python(tensors, gradients, skip)
-    versions = writes and not torch.is_inference_mode_enabled()
+    versions = writes and not _in_inference_mode()
     arguments = (tensors, gradients, writes, versions, cpu is not None, cuda is not None, dtensor_type(), skip)
-    modes = torch._C._is_torch_function_mode_enabled()
+    modes = _has_function_modes()
     watched = (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
+        _dispatch_modes() > 0
+        or _is_profiling()
         or forward_ad._current_level >= 0
         or (modes and not _only_device_contexts())
     )
@@ -113,7 +121,7 @@ def _read_in_python(
     tensors: Sequence[Tensor], gradients: bool, skip: Sequence[bool] | None
 ) -> tuple[list[Section], list[Share]] | None:
     # What a compiler traces is torch's to trace.
-    dtensor = None if torch.compiler.is_compiling() else dtensor_type()
+    dtensor = None if _is_compiling() else dtensor_type()
     lists: dict[int, list[Tensor]] = {}
     shares: list[Share] = []
     for i, given in enumerate(tensors):
