@@ -493,14 +493,16 @@ void check_read_only() {
 
 }  // namespace
 
-void* operator new(size_t size) {
+// The compiler must not see, while inlining, that what new gave goes to free.
+#define NOINLINE __attribute__((noinline))
+NOINLINE void* operator new(size_t size) {
   if (fake::allocations_until_failure >= 0 && fake::allocations_until_failure-- == 0) throw std::bad_alloc();
   if (void* memory = std::malloc(size > 0 ? size : 1)) return memory;
   throw std::bad_alloc();
 }
-void* operator new(size_t size, const std::nothrow_t&) noexcept { return std::malloc(size > 0 ? size : 1); }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+NOINLINE void* operator new(size_t size, const std::nothrow_t&) noexcept { return std::malloc(size > 0 ? size : 1); }
+NOINLINE void operator delete(void* memory) noexcept { std::free(memory); }
+NOINLINE void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 int main() {
   if (const char* error = fastclip_cpu_init()) {
