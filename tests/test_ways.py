@@ -27,7 +27,11 @@ def way(request):
 
 
 def negative(gen):
-    return [random(gen, torch.float32, 9), torch._neg_view(random(gen, torch.float32, 20)), random(gen, torch.bfloat16, 3)]
+    return [
+        random(gen, torch.float32, 9),
+        torch._neg_view(random(gen, torch.float32, 20)),
+        random(gen, torch.bfloat16, 3),
+    ]
 
 
 def complex_among_floats(gen):
@@ -35,7 +39,9 @@ def complex_among_floats(gen):
 
 
 def sparse_among_floats(gen):
-    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 3]]), random(gen, torch.float32, 2, 3), (5, 3), check_invariants=True).coalesce()
+    sparse = torch.sparse_coo_tensor(
+        torch.tensor([[1, 3]]), random(gen, torch.float32, 2, 3), (5, 3), check_invariants=True
+    ).coalesce()
     return [random(gen, torch.float32, 9), sparse, random(gen, torch.float32, 4)]
 
 
