@@ -51,6 +51,8 @@ def _fake_clamp_(tensors, min, max):
 
 def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
     _check_one_device(grads)
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     return grads[0].new_empty((), dtype=dtype or promoted_dtype(grads))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,11 +16,8 @@ from . import _ops, clip, gradients
 from .distributed import Route
 from .gradients import Routed, reduced_norm
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FullyShardedDataParallel
 
-
-def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clips the norm of all gradients of a FullyShardedDataParallel model together, in place.
 
     Args:
@@ -70,7 +66,7 @@ def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: 
     return total_norm.float()
 
 
-def _parameters(model: FullyShardedDataParallel) -> list[tuple[list[Tensor], bool]]:
+def _parameters(model: torch.nn.Module) -> list[tuple[list[Tensor], bool]]:
     """The parameters of which each rank has a shard, and those which each has whole; equally many on all ranks."""
     found: dict[Tensor, bool] = {}
     for handle in model._all_handles:

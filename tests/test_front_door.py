@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.utils as torchs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _device
 
 import fastclip
@@ -179,7 +181,7 @@ def test_storage_resized_to_nothing(name, watched, at):
     """As FSDP leaves parameters that it has given back: torch crashes, here it is an error that says which."""
     error, _, others, same_versions = in_a_child(of_no_memory, "resized", name, watched, at)
     assert error.startswith(("RuntimeError", "ValueError"))
-    assert f"gradient {at}" in error or f"tensors[{at}]" in error
+    assert "gradient of shape (5,)" in error
     assert others == [[3.0, 4.0], [5.0]]
     assert same_versions
 
@@ -194,7 +196,7 @@ def test_zero_tensors(name, watched):
         reference.assert_norm(torch.tensor(value), math.sqrt(50))
     else:
         assert error.startswith("RuntimeError")
-        assert "ZeroTensor" in error or "gradient 2" in error or "tensors[2]" in error
+        assert "ZeroTensor" in error
     assert others == [[3.0, 4.0], [5.0]]
     assert same_versions
 
@@ -220,7 +222,7 @@ def norms_while_another_thread_clears_the_list() -> set:
         thread = threading.Thread(target=clear)
         thread.start()
         started.set()
-        seen.add(fastclip.get_total_norm(tensors).item())
+        seen.add(fastclip.get_total_norm(tensors, norm_dtype=torch.float64).item())
         thread.join()
     return seen
 
@@ -617,10 +619,11 @@ def test_values_of_layouts_that_cannot_be_clamped(layout, at, fence):
     if layout == "mkldnn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch without MKLDNN")
     grads = [torch.tensor([3.0, -4.0])]
-    before, version = fence(grads), grads[0]._version
     made = parameters(grads)
     made.insert(at, with_odd_layout(layout))
     theirs = outcome(lambda F: F.clip_grad_value_(made, 0.5), torchs).error
+    grads[0].copy_(torch.tensor([3.0, -4.0]))  # torch may have written it
+    before, version = fence(grads), grads[0]._version
     ours = outcome(lambda F: F.clip_grad_value_(made, 0.5), fastclip).error
     assert type(ours) is type(theirs)
     assert before.unchanged()
@@ -637,12 +640,14 @@ def test_a_forced_backend_reads_what_shares_memory_with_itself(cpu, norm_type, w
     reference.assert_norm(norm, reference.total_norm(tensors, norm_type), torch.float32)
 
 
-def test_float8_norm_of_the_op(cpu):
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        norm = torch.ops.fastclip.clip_grad_norm_([torch.tensor([3.0, 4.3])], 1e9, 2.0, dtype=dtype)
-        assert norm.dtype == dtype
-        wide = reference.total_norm([torch.tensor([3.0, 4.3])])
-        assert norm.float() == torch.tensor(wide, dtype=torch.float64).to(dtype).float()
+@pytest.mark.parametrize("fake", [False, True])
+def test_float8_norm_of_the_op(cpu, fake):
+    """The op, whose kernels store four dtypes, says so, and its fake kernel with it; the functions take any."""
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        grads = [torch.tensor([3.0, 4.3])]
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            with pytest.raises(RuntimeError, match="dtype: expected float32, float64, bfloat16 or float16, got"):
+                torch.ops.fastclip.clip_grad_norm_(grads, 1e9, 2.0, dtype=dtype)
 
 
 def backends_in_overlapping_threads() -> dict:

@@ -96,7 +96,8 @@ class Gradients:
         return root(self.norm_partial(norm_type), norm_type)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
-        self.scale_(clip_coef(total_norm.detach().to(wide_dtype(total_norm.device)), max_norm))
+        with torch.no_grad():
+            self.scale_(clip_coef(total_norm.to(wide_dtype(total_norm.device)), max_norm))
 
     def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
         total_norm = self.total_norm(clip.norm_type)

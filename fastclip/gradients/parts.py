@@ -166,7 +166,7 @@ def _check_memory(tensor: Tensor) -> None:
     if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or _dispatch.in_transform():
         return
     if tensor.layout == torch.strided and tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
-        raise RuntimeError(f"a gradient of shape {tuple(tensor.shape)} has elements and no memory for them")
+        raise RuntimeError(f"a {tensor.dtype} gradient of shape {tuple(tensor.shape)} has no memory for its elements")
 
 
 def _check_writable(tensor: Tensor) -> None:
