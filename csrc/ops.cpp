@@ -4,6 +4,7 @@
 #include "abi.h"
 #include "boxed.h"
 #include "clip.h"
+#include "cpu/float_mode.h"
 #include "cpu/half.h"
 #include "cpu/loops.h"
 #include "cpu/passes.h"
@@ -51,11 +52,13 @@ double read(Scalar scalar) {
 
 // norm_partial(Tensor[] tensors, float norm_type) -> Tensor
 void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
+  const cpu::DefaultFloatMode mode;
   const TensorList tensors(stack[0]);
   leave(stack, new_scalar(cpu::norm_partial(tensors.views(), to_double(stack[1])), Dtype::kFloat64));
 }
 
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
+  const cpu::DefaultFloatMode mode;
   const ScaleArguments arguments(stack);
   cpu::scale(arguments.tensors.views(), read(arguments.clip_coef));
 }
@@ -66,6 +69,7 @@ void clamp_(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
+  const cpu::DefaultFloatMode mode;
   const ClipArguments arguments(stack);
   const double total_norm = cpu::total_norm(arguments.grads.views(), arguments.norm_type);
   OwnedTensor result = new_scalar(total_norm, arguments.norm_dtype);

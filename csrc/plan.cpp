@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "clip.h"
+#include "cpu/float_mode.h"
 #include "cpu/passes.h"
 #include "export.h"
 #include "tensor_list.h"
@@ -170,7 +171,10 @@ FASTCLIP_EXPORT bool fastclip_plan_total_norm(const Plan* plan, double norm_type
 }
 
 FASTCLIP_EXPORT bool fastclip_plan_clip(const Plan* plan, double total_norm, double max_norm) {
-  return caught([&] { cpu::scale(plan->tensors, clip_coef(total_norm, max_norm)); });
+  return caught([&] {
+    const cpu::DefaultFloatMode mode;
+    cpu::scale(plan->tensors, clip_coef(total_norm, max_norm));
+  });
 }
 
 FASTCLIP_EXPORT bool fastclip_plan_clamp(const Plan* plan, double clip_value) {

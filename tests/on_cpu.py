@@ -25,7 +25,7 @@ from fastclip import _dispatch, _ops, _plan
 from fastclip.backends import cpu
 
 ROOT = Path(__file__).parents[1]
-HEADERS = Path(__file__).parent / "cpu" / "cuda_on_cpu"
+HEADERS = Path(__file__).parent / "native" / "cuda_on_cpu"
 NAMESPACE = "fastclip_cuda_on_cpu"
 # A misaligned access ends in cuda_runtime.h.
 FLAGS = (
