@@ -64,8 +64,8 @@ FASTCLIP_HD inline double root(NormKind kind, double partial, double norm_type) 
   return norm_type != norm_type ? norm_type : std::pow(partial, 1.0 / norm_type);
 }
 
-// Orders of kPow whose powers leave float64 sum them in a unit: norm = unit * (sum (|x| / unit)^p)^(1/p). Norms of parts
-// combine as elements do, so a partial of such a sum is the norm of its chunk.
+// Orders of kPow whose powers leave float64 sum them in a unit: norm = unit * (sum (|x| / unit)^p)^(1/p). Norms of
+// parts combine as elements do, so a partial of such a sum is the norm of its chunk.
 
 // Whether |x|^p of some x of the dtype, or 2^48 of them, may leave float64. Where they may not, x / unit could.
 FASTCLIP_HD inline bool powers_leave_float64(Dtype dtype, double p) {

@@ -140,9 +140,8 @@ TensorViews nonempty(const std::vector<TensorView>& tensors) {
 
 bool sums_in_units(const TensorViews& tensors, double norm_type) {
   return norm_kind(norm_type) == NormKind::kPow &&
-         std::any_of(tensors.begin(), tensors.end(), [norm_type](const TensorView* tensor) {
-           return powers_leave_float64(tensor->dtype, norm_type);
-         });
+         std::any_of(tensors.begin(), tensors.end(),
+                     [norm_type](const TensorView* tensor) { return powers_leave_float64(tensor->dtype, norm_type); });
 }
 
 std::vector<TensorViews> write_rounds(const TensorViews& tensors) {
