@@ -64,17 +64,21 @@ FASTCLIP_HD inline double root(NormKind kind, double partial, double norm_type) 
   return norm_type != norm_type ? norm_type : std::pow(partial, 1.0 / norm_type);
 }
 
-// Orders of kPow whose powers leave float64 sum them in a unit: norm = unit * (sum (|x| / unit)^p)^(1/p). Norms of
-// parts combine as elements do, so a partial of such a sum is the norm of its chunk.
+// Where powers leave float64 they are summed in a unit: norm = unit * (sum (|x| / unit)^p)^(1/p). Norms of parts
+// combine as elements do, so the partial of a chunk is then its norm.
 
-// Whether |x|^p of some x of the dtype, or 2^48 of them, may leave float64. Where they may not, x / unit could.
-FASTCLIP_HD inline bool powers_leave_float64(Dtype dtype, double p) {
+// Whether powers that were lost below float64 do not matter in a sum, and none was lost above it.
+FASTCLIP_HD inline bool is_well_in_float64(double sum) { return sum >= 0x1p-900 && sum < INFINITY; }
+
+// The same for who cannot look: whether every sum of 2^48 powers of numbers of the dtype, but for 0, inf and NaN, is
+// so.
+FASTCLIP_HD inline bool powers_stay_in_float64(Dtype dtype, double p) {
   // The largest |log2 x|: that of the smallest subnormal.
   const double reach = dtype == Dtype::kFloat64    ? 1074
                        : dtype == Dtype::kFloat32  ? 149
                        : dtype == Dtype::kBFloat16 ? 133
                                                    : 24;
-  return std::fabs(p) * reach > 960;
+  return !(std::fabs(p) * reach > 900);
 }
 
 // Which magnitude is the unit: the largest, for p < 0 the smallest, so that no power is above 1 and one is 1.

@@ -189,8 +189,7 @@ std::vector<double> partials_of(const ChunkTable& table, double norm_type, bool 
       });
       return partial;
     };
-    const bool in_unit = are_norms && powers_leave_float64(dtype, norm_type);
-    const double unit = in_unit ? power_unit(reduce(unit_kind(norm_type), 1.0)) : 1.0;
+    const double unit = are_norms ? power_unit(reduce(unit_kind(norm_type), 1.0)) : 1.0;
     const double partial = reduce(norm_kind(norm_type), unit);
     partials[i] = are_norms ? root_in(unit, partial, norm_type) : partial;
   });
@@ -229,8 +228,10 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
   const DefaultFloatMode mode;
   const TensorViews views = nonempty(tensors);
   if (views.empty()) return 0.0;
-  if (sums_in_units(views, norm_type)) return combine_norms(partials_of(ChunkTable(views), norm_type, true), norm_type);
-  return root(norm_kind(norm_type), norm_partial(tensors, norm_type), norm_type);
+  const NormKind kind = norm_kind(norm_type);
+  const double partial = norm_partial(tensors, norm_type);
+  if (kind != NormKind::kPow || is_well_in_float64(partial)) return root(kind, partial, norm_type);
+  return combine_norms(partials_of(ChunkTable(views), norm_type, true), norm_type);
 }
 
 void scale(const std::vector<TensorView>& tensors, double coef) {

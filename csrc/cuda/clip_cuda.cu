@@ -118,7 +118,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
 // The norm of all tensors, and the coefficient where there is a place for it.
 void launch_total_norm(const TensorViews& tensors, double norm_type, double max_norm, double* partials, void* norm,
                        Dtype dtype, double* clip_coef, Queue queue) {
-  const bool are_norms = sums_in_units(tensors, norm_type);
+  const bool are_norms = powers_may_leave_float64(tensors, norm_type);
   const int64_t slots = launch_norms(Layout(tensors), norm_type, are_norms, partials, queue);
   const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, clip_coef, norm_kind(norm_type), dtype};
   const auto kernel = are_norms ? finish_kernel<Finish::kCombineNorms> : finish_kernel<Finish::kRoot>;

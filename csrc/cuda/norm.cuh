@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         return extreme_of(run, kind);
       else if constexpr (kPass == NormPass::kPow)
         return powers_of(run, p, 1);
-      const bool in_unit = powers_leave_float64(chunk.dtype, p);
+      const bool in_unit = !powers_stay_in_float64(chunk.dtype, p);
       const double unit = in_unit ? power_unit(extreme_of(run, unit_kind(p))) : 1;
       return root_in(unit, powers_of(run, p, unit), p);
     });
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
   const Dtype dtype = static_cast<Dtype>(table.dtype);
   const double p = arguments.own.p;
   const bool sums = kind == NormKind::kSquares || kind == NormKind::kAbs || kind == NormKind::kPow;
-  const bool in_unit = arguments.are_norms && powers_leave_float64(dtype, p);
+  const bool in_unit = arguments.are_norms && !powers_stay_in_float64(dtype, p);
   for (int64_t i = blockIdx.x; i < chunks_of(table); i += gridDim.x) {
     const double partial = with_element(dtype, [&](auto element) {
       using E = decltype(element);

@@ -64,7 +64,7 @@ def is_power(norm_type: float) -> bool:
 
 def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
     """Whether ``|x|^p`` of some x of a dtype, or 2^48 of them, may leave float64; as in csrc/clip.h."""
-    return abs(norm_type) * _REACH[dtype] > 960
+    return abs(norm_type) * _REACH[dtype] > 900
 
 
 @torch.no_grad()
