@@ -5,15 +5,30 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <limits>
+#include <new>
 #include <stdexcept>
 
 #include "../../csrc/cpu/half.h"
 #include "../../csrc/cpu/loops.h"
+#include "../../csrc/cpu/passes.h"
 #include "fake_torch.h"
 
 extern "C" const char* fastclip_cpu_init();
+
+// Memory that runs out on demand; below zero it does not. Inlined, GCC takes free for a mismatch.
+static int allocations_until_failure = -1;
+__attribute__((noinline)) void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  return allocations_until_failure >= 0 && allocations_until_failure-- == 0 ? nullptr : std::malloc(size);
+}
+__attribute__((noinline)) void* operator new(size_t size) {
+  if (void* memory = operator new(size, std::nothrow)) return memory;
+  throw std::bad_alloc();
+}
+__attribute__((noinline)) void operator delete(void* memory) noexcept { std::free(memory); }
+__attribute__((noinline)) void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -96,6 +111,7 @@ double rounded(Dtype dtype, double value) {
 
 double scaled(Dtype dtype, double x, double coef) {
   if (dtype == Dtype::kFloat64) return x * coef;
+  if (coef != 0 && std::fabs(coef) < 0x1p-126) return rounded(dtype, x * coef);
   return rounded(dtype, static_cast<float>(x) * static_cast<float>(coef));
 }
 
@@ -183,7 +199,7 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
   for (const double norm_type : kNormTypes) {
     const NormKind kind = norm_kind(norm_type);
     const auto partial = [&](const cpu::Loops& loops) {
-      if (kind == NormKind::kPow) return cpu::norm_pow(dtype, x.data, n, norm_type);
+      if (kind == NormKind::kPow) return cpu::norm_pow(dtype, x.data, n, norm_type, 1);
       return loops.norm_partial[d][static_cast<int>(kind)](x.data, n);
     };
     const double got = partial(isa), expected = partial_of(before, norm_type), scalar = partial(cpu::kLoopsScalar);
@@ -332,6 +348,8 @@ void check_list(const std::vector<Tensor>& tensors) {
   check_write(tensors, "clip_grad_norm_", {number(max_norm), number(2), 0},
               [&](Dtype dtype, double x) { return scaled(dtype, x, coef); });
   check_write(tensors, "scale_", {number(0.25)}, [](Dtype dtype, double x) { return scaled(dtype, x, 0.25); });
+  check_write(tensors, "scale_", {number(0x1.8p-140)},
+              [](Dtype dtype, double x) { return scaled(dtype, x, 0x1.8p-140); });
   check_write(tensors, "scale_", {number(1)}, [](Dtype, double x) { return x; });
   check_write(tensors, "clamp_", {number(-0.5), number(0.75)},
               [](Dtype dtype, double x) { return clamped(x, rounded(dtype, -0.5), rounded(dtype, 0.75)); });
@@ -431,6 +449,33 @@ void check_failing_calls() {
             [&] { return std::vector{fake::handle_of(tensors), number(0.1), number(2), optional(fake::kFloat32)}; });
 }
 
+// Every allocation of a pass fails once: no element has been written, also where overlapping tensors take rounds.
+void check_failing_allocations() {
+  std::vector<float> memory(3000, 3.0f);
+  const int64_t size = 2000, stride = 1;
+  std::vector<TensorView> views;
+  for (const int64_t begin : {0, 0, 500, 1000})
+    views.push_back(make_view(memory.data() + begin, Dtype::kFloat32, 1, &size, &stride));
+  const auto fail_each = [&](const char* pass, const std::function<void()>& run) {
+    for (int n = 0;; ++n) {
+      allocations_until_failure = n;
+      bool failed = false;
+      try {
+        run();
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+      allocations_until_failure = -1;
+      const bool unchanged = std::count(memory.begin(), memory.end(), 3.0f) == 3000;
+      CHECK(failed == unchanged, "%s, allocation %d: %s", pass, n, failed ? "partly written" : "not written");
+      memory.assign(memory.size(), 3.0f);
+      if (!failed) return;
+    }
+  };
+  fail_each("scale", [&] { cpu::scale(views, 0.5); });
+  fail_each("clamp", [&] { cpu::clamp(views, -1, 1); });
+}
+
 // In memory that cannot be written to: a pass that changes nothing must not write.
 void check_read_only() {
   constexpr int64_t kCount = 300000;
@@ -463,6 +508,7 @@ int main() {
   check_lists();
   check_refusals();
   check_failing_calls();
+  check_failing_allocations();
   check_read_only();
   std::printf("%s: %ld checks passed\n", cpu::loops().isa, checks);
 }
