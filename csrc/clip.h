@@ -70,8 +70,7 @@ FASTCLIP_HD inline double root(NormKind kind, double partial, double norm_type) 
 // Whether powers that were lost below float64 do not matter in a sum, and none was lost above it.
 FASTCLIP_HD inline bool is_well_in_float64(double sum) { return sum >= 0x1p-900 && sum < INFINITY; }
 
-// The same for who cannot look: whether every sum of 2^48 powers of numbers of the dtype, but for 0, inf and NaN, is
-// so.
+// Whether all sums of up to 2^48 powers are so, but for powers of 0, inf and NaN: for engines that cannot look.
 FASTCLIP_HD inline bool powers_stay_in_float64(Dtype dtype, double p) {
   // The largest |log2 x|: that of the smallest subnormal.
   const double reach = dtype == Dtype::kFloat64    ? 1074

@@ -100,7 +100,7 @@ def results(isa: str, threads: int) -> dict:
 
 
 def run_flushed(threads: int) -> list:
-    """In the child: everything on numbers of which many are subnormal, without and with the caller's threads flushing."""
+    """In the child: everything on numbers of which many are subnormal, with the caller's threads flushing and not."""
     import fastclip
 
     assert fastclip._ops.cpu_isa()
@@ -113,7 +113,8 @@ def run_flushed(threads: int) -> list:
         run = []
         for tensor in made.values():
             strided = torch.stack([tensor, tensor], 1)[:, 0]
-            for grads in ([tensor.clone()], [strided.clone(memory_format=torch.preserve_format)], [tensor[:39].clone()]):
+            for view in (tensor, strided, tensor[:39]):
+                grads = [torch.empty_strided(view.shape, view.stride(), dtype=view.dtype).copy_(view)]
                 tiny = torch.finfo(tensor.dtype).tiny
                 coef = torch.tensor(tiny / 2).to(torch.float16)  # not 0 of float16 alone
                 assert torch.set_flush_denormal(flush)

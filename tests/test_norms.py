@@ -163,7 +163,7 @@ def of_high_orders(dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
         "around 1": [wide, random(generator, dtype, 2 * CHUNK + 5), wide.repeat(2, 1).t()],
         "largest and smallest": [torch.full((5,), info.max / 2, dtype=dtype), torch.full((7,), info.tiny, dtype=dtype)],
         "subnormal": [torch.full((5,), info.smallest_normal * info.eps, dtype=dtype)],
-        "far apart": [torch.full((3,), 1e-5, dtype=dtype), torch.linspace(1e3, 1e4, CHUNK + 1).to(dtype), torch.ones(2)],
+        "far apart": [torch.full((3,), 1e-5, dtype=dtype), torch.linspace(1e3, 1e4, CHUNK + 1).to(dtype)],
         "zeros": [torch.zeros(5, dtype=dtype)],
         "a zero": [torch.full((5,), 2.0, dtype=dtype), torch.tensor([3.0, -0.0], dtype=dtype)],
         "inf": [torch.full((5,), 2000.0, dtype=dtype), torch.tensor([1.0, -math.inf], dtype=dtype)],

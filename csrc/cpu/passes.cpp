@@ -138,8 +138,7 @@ void for_each_run(const Chunk& chunk, const Body& body) {
   }
 }
 
-// Calls body(pointer, count, dtype) on the runs of all tensors. What can run out of memory comes before the first
-// write.
+// Calls body(pointer, count, dtype) on the runs of all tensors. All memory is there before the first write.
 template <class Body>
 void write(const TensorViews& tensors, Order order, const Body& body) {
   const std::vector<TensorViews> rounds = write_rounds(tensors);

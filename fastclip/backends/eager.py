@@ -63,7 +63,7 @@ def is_power(norm_type: float) -> bool:
 
 
 def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
-    """Whether ``|x|^p`` of some x of a dtype, or 2^48 of them, may leave float64; as in csrc/clip.h."""
+    """Whether some sum of up to 2^48 powers of numbers of a dtype may leave float64, as in csrc/clip.h."""
     return abs(norm_type) * _REACH[dtype] > 900
 
 
@@ -71,7 +71,7 @@ def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
 def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
     """The norm, of an order that :func:`is_power`, of what consists of parts with these norms.
 
-    Their powers are summed in units of the largest, for p < 0 of the smallest, so that they cannot leave float64. A part
+    Powers are summed in units of the largest norm, for p < 0 of the smallest, so that they cannot leave float64. A part
     without elements has the norm 0, or inf for p < 0.
     """
     if math.isnan(norm_type):
