@@ -13,8 +13,12 @@ struct Engine {
   void (*norm_partial)(const Tensors&, double norm_type, Number partial);
   // *norm = the norm over all elements of all tensors, 0 where there are none.
   void (*total_norm)(const Tensors&, double norm_type, Number norm);
+  // norms[i] = total_norm of tensor i alone; float64.
+  void (*norms)(const Tensors&, double norm_type, double* norms);
   // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
   void (*scale)(const Tensors&, Number coef);
+  // The same with coefs[i], float64, for tensor i.
+  void (*scale_each)(const Tensors&, const double* coefs);
   // x *= clip_coef(*norm, max_norm).
   void (*clip_with_norm)(const Tensors&, double max_norm, Number norm);
   // x = min(max(x, low), high) with the bounds rounded to each tensor's dtype; writes only what changes.

@@ -1,4 +1,4 @@
-"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
+"""The six ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
 
 Engines register their kernels for a device key; the compiled libraries do so when they are loaded here.
 """
@@ -17,7 +17,9 @@ from torch import Tensor
 
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor",
 )
@@ -41,7 +43,16 @@ def _fake_norm_partial(tensors, norm_type):
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
+def _fake_tensor_norms(tensors, norm_type):
+    _check_one_device(tensors)
+    return tensors[0].new_empty((len(tensors),), dtype=torch.float64)
+
+
 def _fake_scale_(tensors, clip_coef):
+    _check_one_device(tensors)
+
+
+def _fake_scale_each_(tensors, coefs):
     _check_one_device(tensors)
 
 
@@ -84,7 +95,7 @@ def _bump_versions(op: torch._ops.OpOverload):
 
 
 def define(namespace: str) -> torch.library.Library:
-    """Defines the four ops in a namespace, with all that does not depend on the engine."""
+    """Defines the ops in a namespace, with all that does not depend on the engine."""
     library = torch.library.Library(namespace, "DEF")
     for schema in _SCHEMAS:
         library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -100,7 +111,9 @@ def define(namespace: str) -> torch.library.Library:
 
 library = define("fastclip")
 norm_partial = torch.ops.fastclip.norm_partial.default
+tensor_norms = torch.ops.fastclip.tensor_norms.default
 scale_ = torch.ops.fastclip.scale_.default
+scale_each_ = torch.ops.fastclip.scale_each_.default
 clamp_ = torch.ops.fastclip.clamp_.default
 clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
 

@@ -1,4 +1,4 @@
-"""The four ops as PyTorch sees them: opcheck, compile, tracing, versions, autograd."""
+"""The ops as PyTorch sees them: opcheck, compile, tracing, versions, autograd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from cases import grid, parameters
 OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_norms": "fastclip::tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_each_": "fastclip::scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "clamp_": "fastclip::clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_": (
         "fastclip::clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None)"
@@ -34,10 +36,12 @@ def lists() -> dict[str, list[torch.Tensor]]:
     }
 
 
-def arguments(name: str) -> list[tuple[tuple, dict]]:
-    """Return what follows the tensor list."""
+def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
+    """Return what follows a list of so many tensors."""
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "tensor_norms": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "scale_each_": [((torch.linspace(0.25, 1, count, dtype=torch.float64),), {})],
         "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {})],
         "clamp_": [((-0.1, 0.1), {})],
         "clip_grad_norm_": [((0.1, 2.0), {}), ((0.1, math.inf), {"dtype": torch.float64})],
@@ -53,7 +57,7 @@ def test_schema(name):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(cpu, name, kind):
     """Schema and aliasing, autograd registration, fake kernel, AOT dispatch with fixed and dynamic shapes."""
-    for rest, options in arguments(name):
+    for rest, options in arguments(name, len(lists()[kind])):
         checked = torch.library.opcheck(getattr(OPS, name).default, (lists()[kind], *rest), options)
         assert set(checked.values()) == {"SUCCESS"}
 
@@ -61,7 +65,7 @@ def test_opcheck(cpu, name, kind):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_fake_matches_the_kernel(cpu, name):
     for tensors in lists().values():
-        for rest, options in arguments(name):
+        for rest, options in arguments(name, len(tensors)):
             real = getattr(OPS, name)([t.detach().clone() for t in tensors], *rest, **options)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = getattr(OPS, name)([mode.from_tensor(t.detach()) for t in tensors], *rest, **options)
@@ -131,7 +135,7 @@ def test_version_counters(backend, max_norm, foreach):
     assert all(v + 3 <= g._version <= v + 4 for g, v in zip(grads, versions, strict=True))
 
 
-@pytest.mark.parametrize("name", ["scale_", "clamp_", "clip_grad_norm_"])
+@pytest.mark.parametrize("name", ["scale_", "scale_each_", "clamp_", "clip_grad_norm_"])
 def test_direct_calls_bump_versions(cpu, name):
     for rest, options in arguments(name):
         tensors = [torch.randn(3), torch.randn(2, 2)]

@@ -15,8 +15,14 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type);
 // The norm over all elements of all tensors; 0 where there are none.
 double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 
+// norms[i] = the total norm of tensor i alone.
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* norms);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
 void scale(const std::vector<TensorView>& tensors, double coef);
+
+// The same with coefs[i] for tensor i.
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only registers that change.
 // The bounds have passed check_bound.

@@ -27,8 +27,14 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue);
 
+// norms[i] = the total norm of tensor i alone.
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
 void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue);
+
+// The same with coefs[i] for tensor i.
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
 // The bounds have passed check_bound.

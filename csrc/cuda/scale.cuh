@@ -76,22 +76,37 @@ __device__ void write_elements(const Run<E>& run, const Change& change) {
   for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
 }
 
+// x *= *place for a chunk.
+__device__ inline void scale_chunk(const Chunk& chunk, const double* place) {
+  with_element(chunk.dtype, [&](auto element) {
+    using E = decltype(element);
+    const Run<E> run(chunk.data, chunk.count);
+    const Scale<E> scale(place);
+    if (is_below_float32(*place))
+      write_elements(run, ScaleWide<E>{*place});
+    else if (scale.is_needed())
+      write_run(run, scale);
+  });
+}
+
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     scale_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
   if (*arguments.own == 1) return;
   // Backwards: what the norm read last is still in L2.
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
+    scale_chunk(find_chunk(arguments.table, static_cast<uint32_t>(i)), arguments.own);
+  }
+}
+
+// The same with a coefficient for each tensor of the table.
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    scale_each_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
+  for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
-    with_element(chunk.dtype, [&](auto element) {
-      using E = decltype(element);
-      const Run<E> run(chunk.data, chunk.count);
-      const Scale<E> scale(arguments.own);
-      if (is_below_float32(*arguments.own))
-        write_elements(run, ScaleWide<E>{*arguments.own});
-      else if (scale.is_needed())
-        write_run(run, scale);
-    });
+    const double* coef = arguments.own + chunk.tensor;
+    if (*coef != 1) scale_chunk(chunk, coef);
   }
 }
 

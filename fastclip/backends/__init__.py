@@ -7,7 +7,9 @@
 - ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
   tensors; the norm before its root.
 - ``total_norm(tensors, norm_type) -> Tensor``: 0-dim, wide: the norm, also of an order whose powers leave float64.
+- ``tensor_norms(tensors, norm_type) -> Tensor``: (N,), wide: the total norm of each tensor alone.
 - ``scale_(tensors, clip_coef)``: ``x *= clip_coef`` with a 0-dim wide coefficient on the tensors' device.
+- ``scale_each_(tensors, coefs)``: the same with a wide coefficient for each tensor, (N,).
 - ``clamp_(tensors, min, max)``.
 - ``clip_grad_norm_(grads, max_norm, norm_type, *, dtype)``, or None: all of it in one call.
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_, scale_each_, tensor_norms
 from .eager import total_norm
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "norm_partial",
     "refuses",
     "scale_",
+    "scale_each_",
+    "tensor_norms",
     "total_norm",
     "unavailable",
     "unsupported",

@@ -50,8 +50,8 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
 class Gradients:
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``scale_`` and ``clamp_``; the rest follows from them, and a list that knows a
-    shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``norms``, ``scale_``, ``scale_each_`` and ``clamp_``; the rest follows from
+    them, and a list that knows a shorter way for a whole call overrides it.
     """
 
     __slots__ = ()
@@ -63,8 +63,16 @@ class Gradients:
         """What combines with the same of other lists, 0-dim and wide: see arithmetic.py."""
         raise NotImplementedError
 
+    def norms(self, norm_type: float) -> Tensor:
+        """The wide norm of each of :attr:`tensors` alone, (N,)."""
+        raise NotImplementedError
+
     def scale_(self, clip_coef: Tensor) -> None:
         """``x *= clip_coef``, a 0-dim wide tensor on any device."""
+        raise NotImplementedError
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        """``x *= coefs[i]`` for each of :attr:`tensors`, (N,), wide, on any device."""
         raise NotImplementedError
 
     def clamp_(self, low: float, high: float) -> None:
@@ -128,6 +136,15 @@ class Nothing(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return torch.tensor(0.0)
 
+    def norms(self, norm_type: float) -> Tensor:
+        return torch.zeros(0)
+
+    def scale_(self, clip_coef: Tensor) -> None:
+        pass
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        pass
+
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         pass
 
@@ -152,6 +169,20 @@ class Foreign(Gradients):
 
     def total_norm(self, norm_type: float) -> Tensor:
         return _torch_get_total_norm(self.tensors, norm_type, False, self.foreach)
+
+    @torch.no_grad()
+    def norms(self, norm_type: float) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(tensor, norm_type) for tensor in self.tensors])
+
+    @torch.no_grad()
+    def scale_(self, clip_coef: Tensor) -> None:
+        for tensor in self.tensors:
+            tensor.mul_(clip_coef.to(tensor.device))
+
+    @torch.no_grad()
+    def scale_each_(self, coefs: Tensor) -> None:
+        for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
+            tensor.mul_(coef.to(tensor.device))
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         _torch_clip_grads_with_norm_(self.parameters, max_norm, total_norm, self.foreach)

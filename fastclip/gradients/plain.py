@@ -54,8 +54,17 @@ class Plain(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return self._number(self._engine.total_norm, norm_type)
 
+    def norms(self, norm_type: float) -> Tensor:
+        norms = torch.empty(len(self.tensors), dtype=torch.float64, device=self._device)
+        self._engine.norms(self._views, norm_type, norms)
+        return norms
+
     def scale_(self, clip_coef: Tensor) -> None:
         self._engine.scale_(self._views, self._near(clip_coef))
+        _increment_version(self.tensors)
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        self._engine.scale_each_(self._views, coefs.detach().to(self._device, torch.float64).contiguous().resolve_neg())
         _increment_version(self.tensors)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
