@@ -258,13 +258,73 @@ Owned read(const Arguments& arguments) {
   return Reader(request).read(arguments[0]);
 }
 
+// Adds a view for every index into the dimensions of `kept`, bit d for dimension d, in the order of those indices.
+// False where the elements of one are not a run of memory, which the engines would read element by element.
+bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* units) {
+  std::vector<int64_t> sizes, strides;
+  std::vector<Dim> outer;
+  int64_t count = 1;
+  for (int32_t d = 0; d < dl.ndim; ++d) {
+    if (kept >> d & 1) {
+      outer.push_back({dl.shape[d], dl.strides[d]});
+      count *= dl.shape[d];
+    } else {
+      sizes.push_back(dl.shape[d]);
+      strides.push_back(dl.strides[d]);
+    }
+  }
+  char* const data = static_cast<char*>(dl.data());
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  const TensorView first = make_view(data, dtype, dim, sizes.data(), strides.data());
+  if (count > 0 && (first.dims != nullptr || lacks_memory(first))) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t offset = 0, index = i;
+    for (size_t d = outer.size(); d-- > 0; index /= outer[d].size) offset += index % outer[d].size * outer[d].stride;
+    units->add({data + offset * element_size(dtype), first.numel, nullptr, dtype});
+  }
+  return true;
+}
+
+// units(list, kept) -> (views, index of the GPU or -1), or None where they are not all strided tensors of one device
+// whose units are runs of memory: kept[i] says by its bits which dimensions of tensor i number its units.
+Owned units(const Arguments& arguments) {
+  const intptr_t size = PyList_Size(arguments[0]);
+  check(size < 0 ? -1 : 0);
+  auto tensors = std::make_unique<Tensors>();
+  for (intptr_t i = 0; i < size; ++i) {
+    PyObject* const tensor = PyList_GetItem(arguments[0], i);
+    PyObject* const bits = PyList_GetItem(arguments[1], i);
+    if (tensor == nullptr || bits == nullptr) throw Raised();
+    dlpack::Tensor dl;
+    Dtype dtype;
+    if (!is_plain(tensor) || dlpack::exchange->from_object(tensor, &dl) != 0) {
+      PyErr_Clear();
+      return python::share(none());
+    }
+    const bool on_cpu = dl.device.type == dlpack::kCpu || dl.device.type == dlpack::kCudaHost;
+    const Device device =
+        on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl.device.id};
+    if (i == 0) tensors->device = device;
+    const bool taken = (on_cpu || dl.device.type == dlpack::kCuda) && device.type == tensors->device.type &&
+                       device.index == tensors->device.index && dlpack::to_dtype(dl.dtype, &dtype);
+    const double kept = PyFloat_AsDouble(bits);
+    if (kept == -1.0 && PyErr_Occurred() != nullptr) throw Raised();
+    if (!taken || !add_units(dl, dtype, static_cast<uint64_t>(kept), tensors.get())) return python::share(none());
+  }
+  const int32_t index = tensors->device.index;
+  const Owned both = checked(PyTuple_New(2));
+  check(PyTuple_SetItem(both.get(), 0, to_python(std::move(tensors)).release()));
+  check(PyTuple_SetItem(both.get(), 1, checked(PyLong_FromLong(index)).release()));
+  return python::share(both.get());
+}
+
 }  // namespace
 
 }  // namespace fastclip::reader
 
 using namespace fastclip;
 
-// With the GIL. The reader for a torch that has these types: {"read": builtin}, or null and an error.
+// With the GIL. The reader's builtins, read and units, for a torch that has these types; or null and an error.
 FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObject* tensor, PyObject* parameter,
                                                     const dlpack::Exchange* exchange) {
   dlpack::exchange = exchange;
@@ -274,7 +334,7 @@ FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObj
                      intern("_spec"), intern("mesh"), intern("placements"), intern("trigger_wait")};
     reader::grad_of = reader::find_property(tensor_base, "grad");
     reader::version_of = reader::find_property(tensor_base, "_version");
-    static PyMethodDef methods[] = {python::method<reader::read>("read")};
+    static PyMethodDef methods[] = {python::method<reader::read>("read"), python::method<reader::units>("units")};
     return python::functions(methods);
   });
 }

@@ -12,7 +12,7 @@ import fastclip
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["_dispatch", "adapters", "clip", "patch"])
+@pytest.mark.parametrize("name", ["_dispatch", "adapters", "clip", "functional", "patch", "policy"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fastclip.{name}"))
     assert result.attempted > 0
@@ -20,9 +20,10 @@ def test_examples_run(name):
 
 
 def test_every_public_function_has_an_example():
-    for name in fastclip.__all__:
-        doc = getattr(fastclip, name).__doc__
-        assert ">>> " in doc, name
+    public = [getattr(fastclip, name) for name in fastclip.__all__ if name != "functional"]
+    public += [getattr(module, name) for module in (fastclip.functional, fastclip.policy) for name in module.__all__]
+    for each in public:
+        assert ">>> " in each.__doc__, each
 
 
 def documents():

@@ -38,6 +38,7 @@ class Plain(Gradients):
         self._backend, self._engine, self._views, self.tensors = backend, backend.ENGINE, views, tensors
         self._device = _CPU if device < 0 else torch.device("cuda", device)
         self._dtypes = _SETS[dtypes]
+        self._count = len(tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,7 +56,7 @@ class Plain(Gradients):
         return self._number(self._engine.total_norm, norm_type)
 
     def norms(self, norm_type: float) -> Tensor:
-        norms = torch.empty(len(self.tensors), dtype=torch.float64, device=self._device)
+        norms = torch.empty(self._count, dtype=torch.float64, device=self._device)
         self._engine.norms(self._views, norm_type, norms)
         return norms
 

@@ -207,6 +207,11 @@ def _enumerate(slots: Sequence[Tensor | None]) -> list[int]:
     return [-1 if slot is None else next(held) for slot in slots]
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The shard of this rank of a DTensor; any other tensor itself."""
+    return _local(tensor) if type(tensor) is distributed.dtensor_type() else tensor
+
+
 def _local(tensor: Tensor) -> Tensor:
     """The shard of this rank, which aliases the DTensor; `to_local()` takes ten times as long as the attribute."""
     local = tensor._local_tensor
