@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, gradients
-from .arithmetic import wide_dtype
+from .arithmetic import indices, wide_dtype
 from .clip import _check_norm_dtype, _to_float
 from .gradients import units
 from .gradients.sharded import local_tensor
@@ -349,7 +349,9 @@ def get_tensor_norms(
     tensors = _as_tensors(tensors)
     read = gradients.of(tensors, gradients=False, writes=False)
     norms = read.norms(norm_type)
-    return read.finish(norms if (order := _order(read, tensors)) is None else norms[order], norm_dtype)
+    return read.finish(
+        norms if (order := _order(read, tensors)) is None else norms[indices(order, norms.device)], norm_dtype
+    )
 
 
 # What the functions share.
@@ -365,7 +367,9 @@ def _clip_each_(
     read = gradients.of(tensors, gradients=False)
     measures = measure(read.norms(norm_type), read)
     read.scale_each_(_coefs(measures, bound))
-    return read.finish(measures if (order := _order(read, tensors)) is None else measures[order], None)
+    return read.finish(
+        measures if (order := _order(read, tensors)) is None else measures[indices(order, measures.device)], None
+    )
 
 
 def _coefs(norms: Tensor, bound: float) -> Tensor:
@@ -374,7 +378,7 @@ def _coefs(norms: Tensor, bound: float) -> Tensor:
 
 
 def _numels(read: gradients.Gradients, device: torch.device) -> Tensor:
-    return torch.tensor([max(t.numel(), 1) for t in read.tensors], dtype=torch.float64).to(device)
+    return torch.tensor([max(t.numel(), 1) for t in read.tensors], dtype=torch.float64).to(device, non_blocking=True)
 
 
 def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops, distributed
-from ..arithmetic import combine, nothing, root, wide_dtype
+from ..arithmetic import combine, indices, nothing, root, wide_dtype
 from ..distributed import ProcessGroup, Route
 from . import parts
 from .contract import Gradients, Group
@@ -80,7 +80,7 @@ class Sharded(Gradients):
                 grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
                 held = parts.of_tensors(grads).norms(norm_type).to(norms) if grads else norms[:0]
                 place = _enumerate(share.slots)
-            partial = torch.cat([held, held.new_full((1,), nothing(norm_type))])[place]
+            partial = torch.cat([held, held.new_full((1,), nothing(norm_type))])[indices(place, held.device)]
             partials.append(partial.square() if norm_type == 2 else partial)
         routes = [distributed.route(share.mesh, _sharded_dims(share)) for share in self._shares]
         norms = norms.clone()
@@ -91,7 +91,7 @@ class Sharded(Gradients):
             if norm_type < 0:
                 partial = torch.where(partial == nothing(norm_type), 0.0, partial)  # no elements on any rank
             held = [slot for slot, k in enumerate(place) if k >= 0]
-            norms[[place[slot] for slot in held]] = partial[held]
+            norms[indices([place[slot] for slot in held], norms.device)] = partial[indices(held, norms.device)]
         return norms
 
     def _places(self, i: int) -> list[int]:
