@@ -19,6 +19,15 @@ def test_examples_run(name):
     assert result.failed == 0
 
 
+def test_examples_of_the_vocabulary_run():
+    path = ROOT / "docs" / "vocabulary.md"
+    if not path.exists():
+        pytest.skip("an installed package has no docs")
+    result = doctest.testfile(str(path), module_relative=False)
+    assert result.attempted > 20
+    assert result.failed == 0
+
+
 def test_every_public_function_has_an_example():
     public = [getattr(fastclip, name) for name in fastclip.__all__ if name != "functional"]
     public += [getattr(module, name) for module in (fastclip.functional, fastclip.policy) for name in module.__all__]

@@ -71,11 +71,12 @@ class Sharded(Gradients):
         """Each over all ranks that share the tensor: one vector for each route, reduced before the root."""
         wide = wide_dtype(self.tensors[0].device) if self.tensors else torch.float64
         norms = self._local.norms(norm_type) if self._local else torch.zeros(0, dtype=wide)
-        # Where in self.tensors the gradient of each slot is, -1 where this rank has none or no element of it.
+        # Where in self.tensors the gradient of each slot is, -1 where this rank has none.
         places = [self._places(i) for i in range(len(self._shares))]
         partials = []
         for share, place in zip(self._shares, places, strict=True):
             held = norms
+            place = [k if k >= 0 and self.tensors[k].numel() > 0 else -1 for k in place]
             if _is_partial(share):
                 grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
                 held = parts.of_tensors(grads).norms(norm_type).to(norms) if grads else norms[:0]
@@ -97,7 +98,7 @@ class Sharded(Gradients):
     def _places(self, i: int) -> list[int]:
         found: dict[int, list[int]] = {}
         for k, tensor in enumerate(self.tensors):
-            if self._share_of[k] == i and tensor.numel() > 0:
+            if self._share_of[k] == i:
                 found.setdefault(id(tensor), []).append(k)
         slots = [grad if grad is None else _local(grad) for grad in self._shares[i].slots]
         return [found[id(grad)].pop(0) if id(grad) in found else -1 for grad in slots]
