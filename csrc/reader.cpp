@@ -259,8 +259,10 @@ Owned read(const Arguments& arguments) {
 }
 
 // Adds a view for every index into the dimensions of `kept`, bit d for dimension d, in the order of those indices.
-// False where the elements of one are not a run of memory, which the engines would read element by element.
+// False where the elements of one are not a run of memory, which the engines would read element by element, or units
+// may share memory.
 bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* units) {
+  if (may_overlap_itself(make_view(dl.data(), dtype, dl.ndim, dl.shape, dl.strides))) return false;
   std::vector<int64_t> sizes, strides;
   std::vector<Dim> outer;
   int64_t count = 1;
@@ -285,11 +287,13 @@ bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* un
   return true;
 }
 
-// units(list, kept) -> (views, index of the GPU or -1), or None where they are not all strided tensors of one device
-// whose units are runs of memory: kept[i] says by its bits which dimensions of tensor i number its units.
+// units(list, kept, versions) -> (views, their number, index of the GPU or -1), or None where they are not all strided
+// tensors of one device whose units are runs of memory, or with `versions` one has none: kept[i] says by its bits which
+// dimensions of tensor i number its units.
 Owned units(const Arguments& arguments) {
   const intptr_t size = PyList_Size(arguments[0]);
   check(size < 0 ? -1 : 0);
+  const bool versions = arguments.truth(2);
   auto tensors = std::make_unique<Tensors>();
   for (intptr_t i = 0; i < size; ++i) {
     PyObject* const tensor = PyList_GetItem(arguments[0], i);
@@ -297,7 +301,8 @@ Owned units(const Arguments& arguments) {
     if (tensor == nullptr || bits == nullptr) throw Raised();
     dlpack::Tensor dl;
     Dtype dtype;
-    if (!is_plain(tensor) || dlpack::exchange->from_object(tensor, &dl) != 0) {
+    if (!is_plain(tensor) || dlpack::exchange->from_object(tensor, &dl) != 0 ||
+        (versions && Owned(version_of(tensor)) == nullptr)) {
       PyErr_Clear();
       return python::share(none());
     }
@@ -311,11 +316,12 @@ Owned units(const Arguments& arguments) {
     if (kept == -1.0 && PyErr_Occurred() != nullptr) throw Raised();
     if (!taken || !add_units(dl, dtype, static_cast<uint64_t>(kept), tensors.get())) return python::share(none());
   }
-  const int32_t index = tensors->device.index;
-  const Owned both = checked(PyTuple_New(2));
-  check(PyTuple_SetItem(both.get(), 0, to_python(std::move(tensors)).release()));
-  check(PyTuple_SetItem(both.get(), 1, checked(PyLong_FromLong(index)).release()));
-  return python::share(both.get());
+  const long index = tensors->device.index, count = static_cast<long>(tensors->views.size());
+  Owned found = checked(PyTuple_New(3));
+  check(PyTuple_SetItem(found.get(), 0, to_python(std::move(tensors)).release()));
+  check(PyTuple_SetItem(found.get(), 1, checked(PyLong_FromLong(count)).release()));
+  check(PyTuple_SetItem(found.get(), 2, checked(PyLong_FromLong(index)).release()));
+  return found;
 }
 
 }  // namespace

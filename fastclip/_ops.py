@@ -209,7 +209,7 @@ cuda_engine = builtins_of(cuda_library, "cuda")
 _reader = builtins_of(cpu_library, "reader", torch._C.TensorBase, Tensor, torch.nn.Parameter)
 # read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
 read = _reader and _reader.read
-# units(list, kept) -> (views, device) or None, in the same file.
+# units(list, kept, versions) -> (views, count, device) or None, in the same file.
 units = _reader and _reader.units
 
 

@@ -17,6 +17,7 @@ from . import distributed, gradients
 from .arithmetic import indices, wide_dtype
 from .clip import _check_norm_dtype, _to_float
 from .gradients import units
+from .gradients.plain import Plain
 from .gradients.sharded import local_tensor
 
 __all__ = [
@@ -53,11 +54,12 @@ def clip_by_value_(tensors: Tensor | Iterable[Tensor | None], min: float | None,
     if low > high:
         raise ValueError(f"min, max: expected min <= max, got min={min!r} and max={max!r}")
     tensors = _as_tensors(tensors)
+    _check_floating(tensors)
     for name, bound in (("min", low), ("max", high)):
         for dtype in {tensor.dtype for tensor in tensors if tensor.is_floating_point()}:
             if math.isfinite(bound) and abs(bound) > torch.finfo(dtype).max:
                 raise ValueError(f"{name}: {bound!r} overflows {dtype}")
-    gradients.of(tensors, gradients=False, symmetric=low == -high).clip_grad_value_(low, high)
+    _read(tensors, symmetric=low == -high).clip_grad_value_(low, high)
 
 
 def clip_by_norm_(
@@ -96,6 +98,7 @@ def clip_by_norm_(
     tensors = _as_tensors(tensors)
     if dim is None:
         return _clip_each_(tensors, norm_type, lambda norms, read: norms, max_norm)
+    _check_floating(tensors)
     dims = [_to_dims(dim, tensor) for tensor in tensors]
     read = units.of(tensors, dims, writes=True) if tensors else []
     norms = [each.norms(norm_type) for each in read]
@@ -148,7 +151,7 @@ def clip_by_global_norm_(
     if total_norm is not None and (total_norm.dim() != 0 or total_norm.is_complex()):
         raise ValueError(f"total_norm: expected a 0-dim real Tensor, got {total_norm!r}")
     tensors = _as_tensors(tensors)
-    read = gradients.of(tensors, gradients=False)
+    read = _read(tensors)
     norm = read.total_norm(norm_type) if total_norm is None else distributed.full(total_norm)
     if tensors:
         read.scale_(_coefs(norm.detach().to(wide_dtype(norm.device)), max_norm))
@@ -240,6 +243,7 @@ def per_example_clip(
     """
     max_norm = _to_bound(max_norm, "max_norm")
     tensors = _as_tensors(per_example_grads)
+    _check_floating(tensors)
     batches = {tuple(tensor.shape[:1]) for tensor in tensors}
     if len(batches) > 1 or () in batches:
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -304,7 +308,7 @@ def adaptive_clip_grad_(
         raise ValueError(f"unit: expected 'output', 'tensor' or a function, got {unit!r}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     chosen = [p for p in parameters if p.grad is not None and not (exclude is not None and exclude(p))]
-    grads = _as_tensors([p.grad for p in chosen])
+    grads = [p.grad for p in chosen]
     if not chosen:
         return
     dims = [_unit_dims(unit, p) for p in chosen]
@@ -347,7 +351,7 @@ def get_tensor_norms(
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
     tensors = _as_tensors(tensors)
-    read = gradients.of(tensors, gradients=False, writes=False)
+    read = _read(tensors, writes=False)
     norms = read.norms(norm_type)
     return read.finish(
         norms if (order := _order(read, tensors)) is None else norms[indices(order, norms.device)], norm_dtype
@@ -364,7 +368,7 @@ def _clip_each_(
     bound: float,
 ) -> Tensor:
     """Scales each tensor whose measure, of its norm, is above a bound to it; returns the measures."""
-    read = gradients.of(tensors, gradients=False)
+    read = _read(tensors)
     measures = measure(read.norms(norm_type), read)
     read.scale_each_(_coefs(measures, bound))
     return read.finish(
@@ -403,13 +407,27 @@ def _weighted_sum(coefs: Tensor, examples: Tensor) -> Tensor:
 
 
 def _as_tensors(tensors: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
-    tensors = [tensors] if isinstance(tensors, Tensor) else [tensor for tensor in tensors if tensor is not None]
+    return [tensors] if isinstance(tensors, Tensor) else [tensor for tensor in tensors if tensor is not None]
+
+
+def _read(tensors: list[Tensor], **options: bool) -> gradients.Gradients:
+    """Reads tensors that are meant themselves. What the compiled engines take needs no second look."""
+    try:
+        read = gradients.of(tensors, gradients=False, **options)
+    except (AttributeError, RuntimeError):
+        _check_floating(tensors)
+        raise
+    if type(read) is not Plain:
+        _check_floating(tensors)
+    return read
+
+
+def _check_floating(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors[{i}]: expected a Tensor, got {tensor!r}")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise TypeError(f"tensors[{i}]: expected a floating-point or complex dtype, got {tensor.dtype}")
-    return tensors
 
 
 def _to_number(value: object, argument: str) -> float:
@@ -437,8 +455,13 @@ def _to_dims(dim: int | Iterable[int], tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted({each % tensor.dim() for each in dims}))
 
 
+# All dimensions of a tensor, and all but the first.
+_RANGES = [[tuple(range(first, dim)) for dim in range(65)] for first in (0, 1)]
+
+
 def _unit_dims(unit: str | Callable, parameter: Tensor) -> tuple[int, ...]:
     if callable(unit):
         dims = unit(parameter)
         return tuple(range(parameter.dim())) if dims is None else _to_dims(dims, parameter)
-    return tuple(range(1 if unit == "output" and parameter.dim() > 1 else 0, parameter.dim()))
+    dim = parameter.dim()
+    return _RANGES[1 if unit == "output" and dim > 1 else 0][dim]

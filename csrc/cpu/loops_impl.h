@@ -169,8 +169,7 @@ Partial norm_sum(const void* data, int64_t n) {
   typename V::Doubles sums[kRegisters];
   for (int r = 0; r < kRegisters; ++r) sums[r] = V::zero();
   const auto add_block = [&sums](const T* block) {
-    for (int r = 0; r < kRegisters; ++r)
-      sums[r] = Term::template add<V>(sums[r], V::load(block + r * V::kDoubles));
+    for (int r = 0; r < kRegisters; ++r) sums[r] = Term::template add<V>(sums[r], V::load(block + r * V::kDoubles));
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {

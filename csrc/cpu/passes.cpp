@@ -209,8 +209,7 @@ std::vector<Partial> partials_of(const ChunkTable& table, double norm_type, bool
 // The norm of a list, of kPow, from the norms of its chunks [begin, end).
 double combine_norms(const Partial* begin, const Partial* end, double norm_type) {
   double extreme = identity(unit_kind(norm_type)), sum = 0.0;
-  for (const Partial* norm = begin; norm != end; ++norm)
-    extreme = combine(unit_kind(norm_type), extreme, norm->value);
+  for (const Partial* norm = begin; norm != end; ++norm) extreme = combine(unit_kind(norm_type), extreme, norm->value);
   const double unit = power_unit(extreme);
   for (const Partial* norm = begin; norm != end; ++norm) sum += std::pow(norm->value / unit, norm_type);
   return root_in(unit, sum, norm_type);

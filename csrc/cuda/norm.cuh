@@ -278,8 +278,7 @@ struct FinishEachArguments {
 };
 
 // The norm of each tensor alone. A warp takes one at a time: most tensors have few slots.
-__global__ void __launch_bounds__(kThreads)
-    finish_each_kernel(const __grid_constant__ FinishEachArguments arguments) {
+__global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_constant__ FinishEachArguments arguments) {
   constexpr uint32_t kWarps = kThreads / kWarp;
   const NormKind kind = arguments.kind;
   const double p = arguments.p;

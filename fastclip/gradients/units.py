@@ -6,6 +6,7 @@ engine takes, through torch's ops.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -53,26 +54,32 @@ def kept_shape(tensor: Tensor, dims: tuple[int, ...]) -> torch.Size:
 
 def of(tensors: Sequence[Tensor], dims: Sequence[tuple[int, ...]], writes: bool) -> list[Units | TorchUnits]:
     """Reads tensors, checked if they are to be written, with the dimensions that a unit of each has."""
-    parts.check(tensors, writes)
     tensors, dims = list(tensors), list(dims)
-    if (found := _compiled(tensors, dims)) is not None:
+    if (found := _compiled(tensors, dims, writes)) is not None:
         return [found]
-    return [_compiled([tensor], [d]) or TorchUnits([tensor], [d]) for tensor, d in zip(tensors, dims, strict=True)]
+    parts.check(tensors, writes)
+    return [_compiled([t], [d], writes) or TorchUnits([t], [d]) for t, d in zip(tensors, dims, strict=True)]
 
 
-def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]]) -> Units | None:
+def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]], writes: bool) -> Units | None:
     if reading.is_watched() or _ops.units is None:
         return None
-    kept = [sum(1 << d for d in range(t.dim()) if d not in reduced) for t, reduced in zip(tensors, dims, strict=True)]
-    cpu, cuda = _dispatch.compiled()
-    found = _ops.units(tensors, kept)
+    kept = [_all_but(tensor.dim(), reduced) for tensor, reduced in zip(tensors, dims, strict=True)]
+    found = _ops.units(tensors, kept, writes and not torch.is_inference_mode_enabled())
     if found is None:
         return None
-    views, device = found
+    views, count, device = found
+    cpu, cuda = _dispatch.compiled()
     backend = cuda if device >= 0 else cpu
     if backend is None or backend.unsupported(device) is not None:
         return None
-    return Units(backend, views, device, tensors, sum(kept_shape(*e).numel() for e in zip(tensors, dims, strict=True)))
+    return Units(backend, views, device, tensors, count)
+
+
+@functools.cache
+def _all_but(dim: int, reduced: tuple[int, ...]) -> int:
+    """The dimensions that are not reduced, as bits."""
+    return sum(1 << d for d in range(dim) if d not in reduced)
 
 
 def _norms(tensor: Tensor, dims: tuple[int, ...], norm_type: float) -> Tensor:
