@@ -142,7 +142,8 @@ def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
     for tensor in tensors:
         refusals = []
         for backend in candidates:
-            refusal = (refused if backend.ENGINE else None) or backend.refuses(tensor)
+            read = backend.ENGINE and tensor.device.type == backend.DEVICE
+            refusal = (refused if read else None) or backend.refuses(tensor)
             if refusal is None:
                 break
             refusals.append(f"{backend.NAME}: {refusal}")

@@ -84,12 +84,13 @@ def read(
         skip: for each of the list, whether it is left out; a DTensor then keeps its empty slot.
 
     Returns:
-        sections and shares; None where a tensor is of a type that is not known here.
+        sections and shares; None where torch's own functions take the list, because a tensor is of a type that is not
+        known here, or torch.jit traces.
     """
     if _is_compiling() or _transform() is not None:
         return _read_in_python(tensors, gradients, skip)
     if _is_tracing():
-        return None  # torch.jit drops an op whose result nobody reads
+        return None  # torch.jit drops an op whose result nobody reads: torch's own functions are right under it
     cpu, cuda = _dispatch.compiled()
     if cpu is cuda:  # neither
         return _read_in_python(tensors, gradients, skip)
