@@ -44,6 +44,8 @@ Property find_property(PyObject* tensor_base, const char* name) {
 }
 
 constexpr int32_t kNoShare = -1;
+// Objects lie anywhere in memory: they are asked for so many places ahead.
+constexpr size_t kAhead = 4;
 
 // DTensors that share a mesh and the types of their placements.
 struct Share {
@@ -74,7 +76,10 @@ class Reader {
   // (sections, shares), or None where a tensor is of a type that is not known here.
   Owned read(PyObject* list) {
     if (!gather(list)) return python::share(none());
-    for (const Item& item : items_) sort(item);
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (i + kAhead < items_.size()) __builtin_prefetch(items_[i + kAhead].tensor.get());
+      sort(items_[i]);
+    }
     return result();
   }
 
@@ -91,6 +96,8 @@ class Reader {
     items_.reserve(static_cast<size_t>(size));
     for (intptr_t i = 0; i < size; ++i) {
       const Owned given = python::share(checked_borrowed(PyList_GetItem(list, i)));
+      if (i + static_cast<intptr_t>(kAhead) < size)
+        __builtin_prefetch(PyList_GetItem(list, i + static_cast<intptr_t>(kAhead)));
       Owned tensor = request_.gradients ? gradient_of(given.get()) : python::share(given.get());
       const bool skipped = request_.skip != none() && is_true(PyList_GetItem(request_.skip, i));
       const bool missing = skipped || (request_.gradients && tensor.get() == none());

@@ -95,7 +95,8 @@ def read(
     if cpu is cuda:  # neither
         return _read_in_python(tensors, gradients, skip)
     versions = writes and not _in_inference_mode()
-    arguments = (tensors, gradients, writes, versions, cpu is not None, cuda is not None, dtensor_type(), skip)
+    dtensor = dtensor_type()
+    arguments = (tensors, gradients, writes, versions, cpu is not None, cuda is not None, dtensor, skip)
     modes = _has_function_modes()
     watched = (
         _dispatch_modes() > 0
@@ -106,6 +107,10 @@ def read(
     if modes and not watched:
         # Under a DeviceContext each look at a tensor would go through Python.
         with torch._C.DisableTorchFunction():
+            read = _ops.read(*arguments)
+    elif dtensor is not None and tensors and type(tensors[0]) is dtensor:
+        # Else torch asks each DTensor for its __torch_function__, which it does not have.
+        with torch._C.DisableTorchFunctionSubclass():
             read = _ops.read(*arguments)
     else:
         read = _ops.read(*arguments)
