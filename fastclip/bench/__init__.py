@@ -144,5 +144,5 @@ def _options(argv: list[str]) -> argparse.Namespace:
         if (number := getattr(options, name)) is not None and number < least:
             parser.error(f"--{name} must be at least {least}, got {number}")
     if (options.plot or options.save) and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'fastclip[bench]'")
+        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'torch-fastclip[bench]'")
     return options
