@@ -1,7 +1,7 @@
 """Checks what a built library asks of the machine it is loaded on.
 
-Usage: check_library.py [--any-glibc] LIBRARY [OBJECTS], where OBJECTS is the folder of the object files that the library
-of the CPU kernels was linked from.
+Usage: check_library.py [--any-glibc] LIBRARY [OBJECTS], where OBJECTS is the folder of the object files that the
+library of the CPU kernels was linked from.
 """
 
 from __future__ import annotations

