@@ -21,11 +21,8 @@ def main() -> int:
     kind, path = sys.argv[1], Path(sys.argv[2])
     wheel = zipfile.ZipFile(path)
     info = path.name.rpartition("-py3-")[0] + ".dist-info"
-    found = {
-        name
-        for name in wheel.namelist()
-        if not re.match(r"(METADATA|RECORD|WHEEL|top_level\.txt)$", name[len(info) + 1 :])
-    }
+    written = [f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt")]
+    found = {name for name in wheel.namelist() if not name.endswith("/") and name not in written}
     expected = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fastclip").rglob("*.py")}
     expected |= {"fastclip/py.typed", *(f"{info}/{name}" for name in METADATA)}
     expected |= LIBRARIES[kind]
