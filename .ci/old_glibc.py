@@ -31,14 +31,17 @@ def versions(library: str) -> dict[str, tuple[tuple[int, ...], list[tuple[int, .
 
 
 def old_versions(cxx: Sequence[str], ceiling: tuple[int, ...]) -> dict[str, dict[str, list[str]]]:
-    """The stubs to make: library -> version -> symbols, for what the compiler's own C library has above the ceiling."""
+    """The stubs to make: library -> version -> symbols, for what the compiler's own C library has above the ceiling.
+
+    That of libm has all of its symbols, because the linker takes no second library of the same name.
+    """
     stubs = defaultdict(lambda: defaultdict(list))
     for library in ("libc.so.6", "libm.so.6"):
         found = versions(path_of(cxx, library))
         for name, (newest, older) in sorted(found.items()):
             home = "m" if library == "libm.so.6" else next((h for h, p in HOMES.items() if re.fullmatch(p, name)), None)
-            fitting = [version for version in older if version <= ceiling]
-            if newest > ceiling and fitting and home:
+            fitting = [version for version in (newest, *older) if version and version <= ceiling]
+            if home and fitting and (home == "m" or newest > ceiling):
                 stubs[home]["GLIBC_" + ".".join(map(str, max(fitting)))].append(name)
     return stubs
 
@@ -48,18 +51,14 @@ def path_of(cxx: Sequence[str], file: str) -> str:
 
 
 def write_stubs(cxx: Sequence[str], ceiling: tuple[int, ...], folder: Path) -> list[str]:
-    """Writes the stubs into a folder; returns the linker's arguments that use them, none where none are needed."""
+    """Writes the stubs into a folder; returns the linker's arguments that use them."""
     stubs = old_versions(cxx, ceiling)
     for home, nodes in stubs.items():
         source, script = folder / f"{home}.c", folder / f"{home}.map"
         names = [name for symbols in nodes.values() for name in symbols]
         source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
         script.write_text("".join(f"{node} {{ global: {'; '.join(names)}; }};\n" for node, names in nodes.items()))
-        # libm.so.6 stays in use for all that the stub does not have.
-        output = folder / f"lib{home}{'_old' if home == 'm' else ''}.so"
         flags = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", "-w", "-x", "c", source, "-x", "none"]
-        flags += [f"-Wl,-soname,{SONAMES[home]}", f"-Wl,--version-script={script}", "-o", output]
+        flags += [f"-Wl,-soname,{SONAMES[home]}", f"-Wl,--version-script={script}", "-o", folder / f"lib{home}.so"]
         subprocess.run([*cxx, *flags], check=True)
-    if "m" in stubs:
-        (folder / "libm.so").write_text(f'INPUT ("{folder / "libm_old.so"}" "{path_of(cxx, "libm.so.6")}")\n')
-    return [f"-L{folder}"] if stubs else []
+    return [f"-L{folder}"]
