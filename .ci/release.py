@@ -1,13 +1,14 @@
 """Builds a release from the last commit: release.py [--out DIR] [--twice] [sdist] [x86_64] [aarch64] [pure]
 
 The sdist, and from it a manylinux wheel for each machine and one of pure Python; without names all of them. Each is
-checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in another
-folder and compares the bytes.
+checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in other
+folders and compares the bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import old_glibc
@@ -35,6 +37,8 @@ platform.machine = lambda: machine
 from auditwheel.main import main
 sys.exit(main())
 """
+# nvcc makes symbol names of the path of a source: the wheel with CUDA is built in this folder, wherever the checkout is.
+CUDA_FOLDER = Path("/tmp/fastclip-release")
 # Environment that would change what is built.
 UNSET = ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "FASTCLIP_CUDA_ARCHS", "FASTCLIP_PURE", "USE_CUDA")
 
@@ -95,9 +99,9 @@ def compiler(machine: str) -> list[str]:
 
 
 def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
-    folder = scratch / kind
+    folder = CUDA_FOLDER if kind == "x86_64" else scratch / kind
     unpack(sdist, folder)
-    (source,) = folder.iterdir()
+    source = next(folder.iterdir())
     raw = folder / "wheel"
     command = [PYTHON, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", raw, "."]
     if kind == "pure":
@@ -135,8 +139,20 @@ def check(files: list[Path], scratch: Path) -> None:
             print(f"  {library.name}:", run(PYTHON, ".ci/check_library.py", library), end="")
 
 
+@contextlib.contextmanager
+def cuda_folder() -> Iterator[None]:
+    try:
+        CUDA_FOLDER.mkdir(mode=0o700)
+    except FileExistsError:
+        sys.exit(f"release: {CUDA_FOLDER} exists: another release is being built there, or one was stopped")
+    try:
+        yield
+    finally:
+        shutil.rmtree(CUDA_FOLDER)
+
+
 def build(kinds: list[str], out: Path, epoch: int) -> list[Path]:
-    with tempfile.TemporaryDirectory(prefix="release ") as name:
+    with tempfile.TemporaryDirectory(prefix="release ") as name, cuda_folder():
         scratch = Path(name)
         sdist = build_sdist(scratch, out, epoch)
         files = [sdist, *(build_wheel(kind, sdist, scratch, out) for kind in kinds if kind != "sdist")]
