@@ -37,7 +37,7 @@ platform.machine = lambda: machine
 from auditwheel.main import main
 sys.exit(main())
 """
-# nvcc makes symbol names of the path of a source: the wheel with CUDA is built in this folder, wherever the checkout is.
+# nvcc makes symbol names of the path of a source: so the wheel with CUDA is built here, wherever the checkout is.
 CUDA_FOLDER = Path("/tmp/fastclip-release")
 # Environment that would change what is built.
 UNSET = ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "FASTCLIP_CUDA_ARCHS", "FASTCLIP_PURE", "USE_CUDA")
