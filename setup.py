@@ -264,6 +264,23 @@ def sbom(version, libraries):
     return bom
 
 
+def long_description(version):
+    """The README as a package index shows it: there no relative link leads anywhere.
+
+    They become absolute, and those of this version, with the Repository of [project.urls]; without one, plain words.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    url = re.search(r'^Repository = "(.+?)/?"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+
+    def absolute(link):
+        image, words, path = link.groups()
+        if url:
+            return f"{image}[{words}]({url[1]}/{'raw' if image else 'blob'}/v{version}/{path})"
+        return "" if image else words
+
+    return re.sub(r"(!?)\[([^]]+)\]\((?!\w+:|#)([^)]+)\)", absolute, text)
+
+
 class Build(build):
     def run(self):
         # A library or a module of an earlier build in this folder would be shipped, too.
@@ -337,7 +354,10 @@ except OSError:
 if not writable:
     sys.exit(f"fastclip: {ROOT / 'build'} cannot be written, and the build needs it: build in a copy of this folder")
 
+version = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastclip" / "__init__.py").read_text(), re.MULTILINE)[1]
 setup(
+    long_description=long_description(version),
+    long_description_content_type="text/markdown",
     ext_modules=libraries_to_build(),
     cmdclass={"build": Build, "build_ext": BuildLibraries, "sdist": SourceDist, "bdist_wheel": Wheel},
     options={"egg_info": {"egg_base": "build"}},  # no egg-info in the checkout

@@ -39,7 +39,8 @@ def _install():
 def _import_the_next():
     """The module of this name that python would have imported without this one."""
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _FOLDER.resolve()]
-    if spec := importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path):
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", sys.path)
+    if spec and spec.loader:
         module = importlib.util.module_from_spec(spec)
         sys.modules["sitecustomize"] = module
         spec.loader.exec_module(module)
