@@ -48,7 +48,7 @@ def cxx_sources():
 
 def cuda_sources():
     sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/cuda/*.c*") if p.suffix in (".cu", ".cpp"))
-    return [*sources, "csrc/tensor_list.cpp"]
+    return [*sources, "csrc/op_arguments.cpp", "csrc/views.cpp"]
 
 
 def is_pure():

@@ -26,6 +26,18 @@ constexpr Dtype promote(Dtype a, Dtype b) {
   return a == Dtype::kFloat64 || b == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
+// A number in memory, of any of the dtypes.
+struct Number {
+  void* data;
+  Dtype dtype;
+};
+
+// What is asked of a clip by norm; _ops.py and gradients/contract.py have the same fields in the same order.
+struct Clip {
+  double max_norm;
+  double norm_type;
+};
+
 // kCount is norm_type 0: torch takes the 0-norm of the per-tensor 0-norms, so it counts tensors with a non-zero.
 enum class NormKind : uint8_t { kSquares, kAbs, kMax, kMin, kCount, kPow };
 constexpr int kNumNormKinds = 6;

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from .backends import BACKENDS
 
@@ -40,12 +42,32 @@ def _from_environment() -> ModuleType | None:
     return _find(name, "FASTCLIP_BACKEND") if name else None
 
 
-forced: ModuleType | None = _from_environment()
+_environment = _from_environment()
+_chosen: ContextVar[ModuleType | None] = ContextVar("fastclip_backend")
+
+
+class _Context:
+    """What :func:`use_backend` chose in this thread or task."""
+
+    # Dynamo guards on what a builtin getter returns, so that a trace is made anew where the choice differs. It is given
+    # the object, which is then the default.
+    backend = property(_chosen.get)
+    # Traced code cannot set a context variable.
+    traced: ModuleType | None = None
+
+
+_context = _Context()
+
+
+def forced() -> ModuleType | None:
+    """The backend that the caller or the environment forces."""
+    backend = _context.traced or _context.backend
+    return _environment if backend is _context else backend
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend for every call of the process inside the ``with`` block.
+    """Forces one backend for every call inside the ``with`` block, in the thread or the task that it is of.
 
     A gradient that the backend cannot take then raises ValueError, before anything is written.
     ``FASTCLIP_BACKEND`` does the same from the environment, for the whole process.
@@ -62,20 +84,26 @@ def use_backend(name: str) -> Iterator[None]:
         ...     fastclip.get_total_norm([torch.tensor([3.0, 4.0])])
         tensor(5.)
     """
-    global forced
-    chosen, before = _find(name, "use_backend"), forced
-    forced = chosen
+    backend = _find(name, "use_backend")
+    if torch.compiler.is_compiling():
+        before, _context.traced = _context.traced, backend
+        try:
+            yield
+        finally:
+            _context.traced = before
+        return
+    token = _chosen.set(backend)
     try:
         yield
     finally:
-        forced = before
+        _chosen.reset(token)
 
 
 def candidates() -> list[ModuleType]:
     """The available backends, in the order in which they are asked."""
-    if forced:
-        return [forced]
-    if in_transform():
+    if chosen := forced():
+        return [chosen]
+    if in_transform() or in_forward_ad():
         return [BACKENDS["eager"]]
     return [backend for backend in BACKENDS.values() if backend.unavailable() is None]
 
@@ -85,12 +113,20 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def is_first(name: str) -> bool:
-    """Whether a backend is asked before all others that serve the same device."""
-    backend = BACKENDS[name]
-    return forced is backend or (forced is None and backend.unavailable() is None)
+def in_forward_ad() -> bool:
+    """Whether a level of forward-mode AD is active: torch's own ops carry tangents along."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def has_ops(device: str) -> bool:
-    """Whether the ops of a device type are those of the backend that is asked first."""
-    return any(device in backend.OPS for backend in ([forced] if forced else BACKENDS.values()))
+def _compiled(among: Iterable[ModuleType]) -> tuple[ModuleType | None, ModuleType | None]:
+    engines = {backend.DEVICE: backend for backend in among if backend.ENGINE}
+    return engines.get("cpu"), engines.get("cuda")
+
+
+_usually_compiled = _compiled([_environment] if _environment else BACKENDS.values())
+
+
+def compiled() -> tuple[ModuleType | None, ModuleType | None]:
+    """The backends whose engines take what the reader has read: of the CPU and of CUDA devices."""
+    chosen = _chosen.get(None)
+    return _usually_compiled if chosen is None else _compiled([chosen])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ def _fake_clamp_(tensors, min, max):
 
 def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
     _check_one_device(grads)
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     return grads[0].new_empty((), dtype=dtype or promoted_dtype(grads))
 
 
@@ -57,19 +61,18 @@ def _check_not_inference(tensors: Sequence[Tensor]) -> None:
         raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
 
 
-def write(op: torch._ops.OpOverload, tensors: list[Tensor], *args: object, **kwargs: object) -> Tensor | None:
-    """Calls an op that writes to plain tensors, below autograd: what ``op`` does, without boxing the list twice."""
-    if torch.is_inference_mode_enabled():
-        return op(tensors, *args, **kwargs)
-    _check_not_inference(tensors)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = op(tensors, *args, **kwargs)
-    # torch bumps the versions of the tensors that its own kernels write; ours are ours to bump.
-    torch.autograd.graph.increment_version(tensors)
-    return result
+_eval_frame = torch._C._dynamo.eval_frame
+_SKIP = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP)
+
+
+def _untraced(function: Callable) -> Callable:
+    """Lets Dynamo leave a function, and what it calls, to Python; torch.compiler.disable would import Dynamo for it."""
+    _eval_frame.set_code_exec_strategy(function.__code__, _SKIP)
+    return function
 
 
 def _bump_versions(op: torch._ops.OpOverload):
+    @_untraced
     def kernel(keyset, tensors, *args, **kwargs):
         _check_not_inference(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -155,12 +158,44 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def _dlpack_exchange() -> int | None:
+    """The address of torch.Tensor's DLPack exchange table; None where its version is not the one we know."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.argtypes, get_pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    address = get_pointer(capsule, b"dlpack_exchange_api")
+    return address if ctypes.c_uint32.from_address(address).value == 1 else None
+
+
+# Without a GIL a list and its tensors could change while they are read.
+_HAS_GIL = not sysconfig.get_config_var("Py_GIL_DISABLED")
+_exchange = _dlpack_exchange() if _HAS_GIL else None
+
+
+def builtins_of(library: ctypes.CDLL | None, name: str, *arguments: object) -> SimpleNamespace | None:
+    """The builtins of a library, which C++ makes for this Python; None where lists cannot be read."""
+    if library is None or _exchange is None:
+        return None
+    make = getattr(ctypes.PyDLL(library._name), f"fastclip_{name}_functions")
+    make.argtypes, make.restype = (*[ctypes.py_object] * len(arguments), ctypes.c_void_p), ctypes.py_object
+    return SimpleNamespace(**make(*arguments, _exchange))
+
+
 cpu_library, cpu_unavailable = _load_cpu_library()
 cuda_library, cuda_unavailable = _load_cuda_library()
 # The device types whose ops a compiled library has registered.
 compiled_for = frozenset(
     device for device, library in (("cpu", cpu_library), ("cuda", cuda_library)) if library is not None
 )
+
+
+cpu_engine = builtins_of(cpu_library, "cpu")
+cuda_engine = builtins_of(cuda_library, "cuda")
+_reader = builtins_of(cpu_library, "reader", torch._C.TensorBase, Tensor, torch.nn.Parameter)
+# read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
+read = _reader and _reader.read
 
 
 def cpu_isa() -> str | None:

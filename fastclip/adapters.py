@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import clip
+from . import clip, gradients
 
 
 def use_in_megatron(clip_grads: ModuleType) -> None:
@@ -64,25 +65,52 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Sequenc
 
     Args:
         chunk_size: ignored.
-        noop_flag (Tensor): not looked at; the norm has told already whether a tensor is not finite.
-        tensor_lists: what to scale, and where to write it.
-        scale (float): the factor.
+        noop_flag (Tensor): becomes 1 if an element of the first list is not finite, else stays.
+        tensor_lists: what to scale, and where to write it: as many tensors, of the same shapes.
+        scale (float): the factor; products are rounded once, to the dtype that they are written in.
+
+    Raises:
+        ValueError: the lists differ in length or in a shape; nothing is written.
     """
     scale = torch.tensor(scale, dtype=torch.float64, device=noop_flag.device)
     multi_tensor_scale_tensor(chunk_size, noop_flag, tensor_lists, scale)
 
 
+@torch.no_grad()
 def multi_tensor_scale_tensor(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[list[Tensor]], scale: Tensor
 ) -> None:
     """Does what :func:`multi_tensor_scale` does, with a factor that stays on the device: a tensor of one element."""
     sources, targets = tensor_lists
+    _check_alike(sources, targets)
     if not sources:
         return
-    for source, target in zip(sources, targets, strict=True):
-        if source is not target:
+    scale = scale.detach().double().reshape(())
+    largest = gradients.of_tensors(sources).norm_partial(math.inf)
+    pairs = [
+        (source, target, torch.promote_types(source.dtype, target.dtype))
+        for source, target in zip(*tensor_lists, strict=True)
+    ]
+    in_place = [target for _, target, wide in pairs if wide == target.dtype]
+    scaled = gradients.of_tensors(in_place, writes=True) if in_place else None
+    for source, target, wide in pairs:
+        if wide != target.dtype:
+            # The product in the wider dtype, rounded once when it is stored.
+            torch.mul(source.to(wide), scale.to(source.device), out=target)
+        elif source is not target:
             target.copy_(source)
-    clip._scale(targets, scale.detach().double().reshape(()), None)
+    if scaled:
+        scaled.scale_(scale)
+    noop_flag.masked_fill_(~largest.isfinite().to(noop_flag.device), 1)
+
+
+def _check_alike(sources: list[Tensor], targets: list[Tensor]) -> None:
+    if len(sources) != len(targets):
+        raise ValueError(f"tensor_lists: expected lists of one length, got {len(sources)} and {len(targets)} tensors")
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if source.shape != target.shape:
+            shapes = f"{tuple(source.shape)} and {tuple(target.shape)}"
+            raise ValueError(f"tensor_lists: expected tensors of one shape at {i}, got {shapes}")
 
 
 def _norm(tensors: list[Tensor], noop_flag: Tensor) -> Tensor:

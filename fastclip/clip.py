@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad as _torch
-from torch.utils._foreach_utils import _device_has_foreach_support
 
-from . import _dispatch, _groups, _ops, _plan, distributed
-from .backends import eager
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-# Bound at import, because patch() puts fastclip's functions in their place.
-_torch_get_total_norm = _torch._get_total_norm
-_torch_clip_grads_with_norm_ = _torch._clip_grads_with_norm_
-_torch_clip_grad_value_ = _torch.clip_grad_value_
+from . import distributed, gradients
+from .distributed import ProcessGroup
+from .gradients import Clip
 
 
 def clip_grad_norm_(
@@ -83,46 +71,18 @@ def clip_grad_norm_(
     parameters = _as_list(parameters)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
-    plan = _plan.of_gradients(parameters)
-    grads = (plan and plan.tensors) or _gradients(parameters)
-    if spread := _spread(parameters, grads, plan, process_group, is_duplicate):
-        if not error_if_nonfinite:
-            max_norm = _to_float(max_norm, "max_norm")
-        total_norm = _reduced_norm(spread.shards, norm_type, process_group)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(total_norm, norm_type)
-        _scale(spread.local, _clip_coef(total_norm, _to_float(max_norm, "max_norm")), foreach)
-        return distributed.replicate(total_norm.to(norm_dtype or spread.dtype), spread)
-    if not grads:
-        _to_float(max_norm, "max_norm")
-        return _norm_of_nothing(norm_dtype)
-    if isinstance(plan, _plan.CpuPlan):
-        total_norm = plan.total_norm(norm_type)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(total_norm, norm_type)
-        max_norm = _to_float(max_norm, "max_norm")
-        if plan.prepare_write():
-            plan.clip_(total_norm, max_norm)
-            return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
     if not error_if_nonfinite:
+        clip = Clip(_to_float(max_norm, "max_norm"), norm_type)
+        return _of(parameters, foreach, process_group, is_duplicate).clip_grad_norm_(clip, norm_dtype)
+    grads = _of(parameters, foreach, process_group, is_duplicate)
+    total_norm = grads.total_norm(norm_type)
+    grads.check_finite(total_norm, norm_type)
+    if type(max_norm) is not float:
+        # Converting it may run the caller's code, after which nothing that was read can be relied on.
         max_norm = _to_float(max_norm, "max_norm")
-        if isinstance(plan, _plan.GpuPlan) and plan.prepare_write():
-            return plan.clip_grad_norm_(max_norm, norm_type, norm_dtype)
-        if _may_be_one_call(grads, foreach):
-            with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
-                return _ops.write(_ops.clip_grad_norm_, grads, max_norm, norm_type, dtype=norm_dtype)
-    if _needs_torch(grads):
-        total_norm = _torch_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
-        _torch_clip_grads_with_norm_(parameters, _to_float(max_norm, "max_norm"), total_norm, foreach)
-        return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
-    parts = _writable_parts(grads, foreach)
-    if len(parts) == 1 and parts[0].backend.clip_grad_norm_ and not error_if_nonfinite:
-        return parts[0].backend.clip_grad_norm_(grads, max_norm, norm_type, dtype=norm_dtype)
-    total_norm = _total_norm(parts, norm_type)
-    if error_if_nonfinite:
-        _raise_if_nonfinite(total_norm, norm_type)
-    _scale_parts(parts, _clip_coef(total_norm, _to_float(max_norm, "max_norm")))
-    return total_norm.to(norm_dtype or _ops.promoted_dtype(grads))
+        grads = _of(parameters, foreach, process_group, is_duplicate)
+    grads.clip_with_norm_(max_norm, total_norm)
+    return grads.finish(total_norm, norm_dtype)
 
 
 def get_total_norm(
@@ -164,32 +124,11 @@ def get_total_norm(
     tensors = _as_list(tensors, warn=False)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
-    plan = _plan.of_tensors(tensors)
-    if spread := _spread(tensors, tensors, plan, process_group, is_duplicate):
-        total_norm = _reduced_norm(spread.shards, norm_type, process_group)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(total_norm, norm_type)
-        return distributed.replicate(total_norm.to(norm_dtype or spread.dtype), spread)
-    if not tensors:
-        return _norm_of_nothing(norm_dtype)
-    if plan:
-        total_norm = plan.total_norm(norm_type)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(total_norm, norm_type)
-        return _to_tensor(total_norm, norm_dtype or plan.promoted_dtype())
-    partial = _partial_in_one_call(tensors, norm_type, foreach)
-    if partial is None and _needs_torch(tensors):
-        total_norm = _torch_get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-        return total_norm if norm_dtype is None else total_norm.to(norm_dtype)
-    if partial is None:
-        parts = _groups.split(tensors)
-        _check_foreach(parts, foreach)
-        total_norm = _total_norm(parts, norm_type)
-    else:
-        total_norm = _root(partial, norm_type)
+    grads = gradients.of(tensors, foreach, process_group, is_duplicate, gradients=False, writes=False)
+    total_norm = grads.total_norm(norm_type)
     if error_if_nonfinite:
-        _raise_if_nonfinite(total_norm, norm_type)
-    return total_norm.to(norm_dtype or _ops.promoted_dtype(tensors))
+        grads.check_finite(total_norm, norm_type)
+    return grads.finish(total_norm, norm_dtype)
 
 
 def clip_grads_with_norm_(
@@ -226,21 +165,15 @@ def clip_grads_with_norm_(
     """
     parameters = _as_list(parameters, warn=False)
     max_norm = _to_float(max_norm, "max_norm")
-    plan = _plan.of_gradients(parameters)
-    grads = (plan and plan.tensors) or _gradients(parameters)
-    if not grads:
+    grads = _of(parameters, foreach)
+    if not grads.tensors:
         return
     if not isinstance(total_norm, Tensor):
         raise TypeError(f"total_norm: expected a Tensor, got {total_norm!r}")
-    grads, total_norm = _local(grads), distributed.full(total_norm)
-    if total_norm.dim() != 0 or total_norm.is_complex() or _needs_torch([*grads, total_norm]):
-        _torch_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
-        return
-    if isinstance(plan, _plan.CpuPlan) and total_norm.device.type == "cpu" and plan.prepare_write():
-        plan.clip_(float(total_norm.detach()), max_norm)
-        return
-    clip_coef = _clip_coef(total_norm.detach().to(eager.wide_dtype(total_norm)), max_norm)
-    _scale(grads, clip_coef, foreach)
+    total_norm = distributed.full(total_norm)
+    if total_norm.dim() != 0 or total_norm.is_complex() or not gradients.is_known(total_norm):
+        grads = gradients.Foreign(parameters, grads.tensors, foreach)
+    grads.clip_with_norm_(max_norm, total_norm)
 
 
 def clip_grad_value_(
@@ -276,30 +209,13 @@ def clip_grad_value_(
     """
     clip_value = _to_float(clip_value, "clip_value")
     parameters = _as_list(parameters, warn=False)
-    plan = _plan.of_gradients(parameters)
-    grads = (plan and plan.tensors) or _gradients(parameters)
-    if not grads:
-        return
-    # A plan does not see the negative bit, under which only symmetric bounds mean the same.
-    if plan and clip_value >= 0 and plan.prepare_write(clip_value):
-        plan.clamp_(clip_value)
-        return
-    if distributed.partial_placement_in(grads):
-        raise RuntimeError("clip_value: a gradient with Partial placements has no values yet; redistribute it first")
-    grads = _local(grads)
-    if _may_be_one_call(grads, foreach):
-        with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
-            return _ops.write(_ops.clamp_, grads, -clip_value, clip_value)
-    if _needs_torch(grads):
-        _torch_clip_grad_value_(parameters, clip_value, foreach)
-        return
-    parts = _writable_parts(grads, foreach)
-    _check_clip_value(grads, clip_value)
-    for part in parts:
-        part.backend.clamp_(part.tensors, -clip_value, clip_value)
+    # A negative bound sets every element to it, be its sign in memory or not.
+    _of(parameters, foreach, symmetric=torch.compiler.is_compiling() or clip_value >= 0).clip_grad_value_(
+        -clip_value, clip_value
+    )
 
 
-def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
+def why(parameters: Tensor | Iterable[Tensor]) -> list[gradients.Group]:
     """Tells which backend clips which gradients, and why not a faster one.
 
     Args:
@@ -315,14 +231,25 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[_groups.Group]:
         >>> fastclip.why([weight])[0].backend
         'eager'
     """
-    grads = _gradients(_as_list(parameters, warn=False))
-    if not grads:
-        return []
-    grads = _local(grads)
-    if odd := _groups.odd_type(grads):
-        reason = f"{odd.__name__} is a tensor subclass: torch's own functions take the whole list"
-        return [_groups.describe(eager, grads, reason)]
-    return [_groups.describe(*part) for part in _groups.split(grads)]
+    return list(_of(_as_list(parameters, warn=False)).groups())
+
+
+def _of(
+    parameters: Sequence[Tensor],
+    foreach: bool | None = None,
+    process_group: ProcessGroup | Iterable[ProcessGroup] | None = None,
+    is_duplicate: Callable[[Tensor], bool] | None = None,
+    symmetric: bool = True,
+) -> gradients.Gradients:
+    """The gradients of parameters, to be written."""
+    grads = gradients.of(parameters, foreach, process_group, is_duplicate, symmetric=symmetric)
+    if not grads.tensors and parameters and all(type(p) is Tensor and not p.requires_grad for p in parameters):
+        warnings.warn(
+            f"`parameters`: none of the {len(parameters)} tensors has a gradient or requires one, so nothing is "
+            "clipped. Were gradients passed in the place of parameters?",
+            stacklevel=3,
+        )
+    return grads
 
 
 def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
@@ -336,17 +263,6 @@ def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequen
         # Level 3 is the line that called the public function.
         warnings.warn("`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3)
     return parameters
-
-
-def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    grads = [grad for grad in [p.grad for p in parameters] if grad is not None]
-    if not grads and parameters and all(type(p) is Tensor and not p.requires_grad for p in parameters):
-        warnings.warn(
-            f"`parameters`: none of the {len(parameters)} tensors has a gradient or requires one, so nothing is "
-            "clipped. Were gradients passed in the place of parameters?",
-            stacklevel=3,
-        )
-    return grads
 
 
 def _to_float(value: object, argument: str) -> float:
@@ -363,180 +279,3 @@ def _check_norm_dtype(norm_dtype: object) -> None:
         raise TypeError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype!r}")
     if not norm_dtype.is_floating_point:
         raise ValueError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype}")
-
-
-def _check_foreach(parts: Sequence[_groups.Part], foreach: bool | None) -> None:
-    for part in parts:
-        device = part.tensors[0].device
-        if foreach and not _device_has_foreach_support(device):
-            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")
-
-
-def _check_clip_value(grads: Sequence[Tensor], clip_value: float) -> None:
-    for grad in grads:
-        if grad.is_complex():
-            raise NotImplementedError(f"clip_value: clamp is not supported for complex gradients, got {grad.dtype}")
-        if grad.is_floating_point() and torch.finfo(grad.dtype).max < abs(clip_value) < math.inf:
-            raise RuntimeError(
-                f"clip_value: value cannot be converted to type {grad.dtype} without overflow: {clip_value}"
-            )
-
-
-def _may_be_one_call(grads: Sequence[Tensor], foreach: bool | None) -> bool:
-    """Whether a single op may take the list; the op itself looks at dtypes, layouts and devices, before any write."""
-    return (
-        not torch.compiler.is_compiling()
-        and not _dispatch.in_transform()
-        and _groups.all_plain(grads)
-        and _dispatch.has_ops(grads[0].device.type)
-        and not (foreach and not _device_has_foreach_support(grads[0].device))
-    )
-
-
-def _needs_torch(tensors: Sequence[Tensor]) -> bool:
-    """Whether the list is for torch's own functions: they know what a tensor subclass means, and what is no tensor."""
-    odd = _groups.odd_type(tensors)
-    if odd and issubclass(odd, Tensor) and _dispatch.forced not in (None, eager):
-        raise ValueError(f"use_backend({_dispatch.forced.NAME!r}): it cannot take a {odd.__name__}, a tensor subclass")
-    return odd is not None
-
-
-def _norm_of_nothing(norm_dtype: torch.dtype | None) -> Tensor:
-    return torch.tensor(0.0, dtype=norm_dtype)
-
-
-def _writable_parts(grads: Sequence[Tensor], foreach: bool | None) -> list[_groups.Part]:
-    _groups.check_writable(grads)
-    parts = _groups.split(grads)
-    _check_foreach(parts, foreach)
-    return parts
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """The shards of this rank in the place of DTensors; all as they are where torch has to take the list."""
-    local = distributed.local(tensors) if distributed.dtensor_in(tensors) else tensors
-    return local if local is tensors or _groups.all_plain(local) else tensors
-
-
-def _spread(
-    parameters: Sequence[Tensor],
-    grads: list[Tensor],
-    plan: _plan.Plan | None,
-    process_group: ProcessGroup | Iterable[ProcessGroup] | None,
-    is_duplicate: Callable[[Tensor], bool] | None,
-) -> distributed.Spread | None:
-    """The gradients by the ranks that share them; None where no other rank counts, or torch has to take the list."""
-    asked = process_group is not None or is_duplicate is not None
-    if not asked and (plan or not distributed.dtensor_in(parameters)):
-        return None
-    local = distributed.local(grads)
-    if not _groups.all_plain(local):
-        if asked:
-            name = "process_group" if process_group is not None else "is_duplicate"
-            raise TypeError(f"{name}: not supported for gradients of type {_groups.odd_type(local).__name__}")
-        return None
-    return distributed.spread(parameters, grads, local, is_duplicate)
-
-
-def _total_norm(parts: Sequence[_groups.Part], norm_type: float) -> Tensor:
-    """The wide norm: the partials of all parts, combined and rooted on the device of the first tensor."""
-    first = parts[0].tensors[0]
-    if norm_type < 0 and not any(t.numel() > 0 for part in parts for t in part.tensors):
-        return first.new_zeros((), dtype=eager.wide_dtype(first))
-    return _root(_partial(parts, norm_type, first), norm_type)
-
-
-def _reduced_norm(
-    shards: Sequence[distributed.Shards],
-    norm_type: float,
-    process_group: ProcessGroup | Iterable[ProcessGroup] | None,
-) -> Tensor:
-    """The wide norm of gradients that ranks share: each partial becomes the one of all its ranks before the root."""
-    groups = distributed.as_groups(process_group)
-    grads = [grad for shard in shards for grad in shard.tensors if grad is not None]
-    like = grads[0] if grads else shards[0].like if shards else torch.tensor(0.0)
-    partials = []
-    for shard in shards:
-        held = [grad for grad in shard.tensors if grad is not None]
-        # Order 0 counts tensors: one that is non-zero on several ranks is still one.
-        lists = [held] if norm_type != 0 else [[] if grad is None else [grad] for grad in shard.tensors]
-        partials.append(torch.stack([_partial_of(grads, norm_type, like) for grads in lists]))
-    partials = distributed.reduce(partials, [shard.route for shard in shards], norm_type)
-    partials = [partial.count_nonzero().to(partial.dtype) if norm_type == 0 else partial[0] for partial in partials]
-    partial = _combine(partials or [_partial([], norm_type, like)], norm_type)
-    for group in groups:
-        partial = distributed.all_reduce(partial, norm_type, group)
-    return _root(partial, norm_type)
-
-
-def _partial_in_one_call(tensors: Sequence[Tensor], norm_type: float, foreach: bool | None) -> Tensor | None:
-    """The partial by a single op; None where the list needs the closer look of :func:`_groups.split`."""
-    if tensors and norm_type >= 0 and _may_be_one_call(tensors, foreach):
-        with contextlib.suppress(RuntimeError):
-            return _ops.norm_partial(tensors, norm_type)
-    return None
-
-
-def _partial_of(grads: list[Tensor], norm_type: float, like: Tensor) -> Tensor:
-    partial = _partial_in_one_call(grads, norm_type, None)
-    return _partial(_groups.split(grads), norm_type, like) if partial is None else partial.to(like.device)
-
-
-def _partial(parts: Sequence[_groups.Part], norm_type: float, like: Tensor) -> Tensor:
-    if norm_type < 0:
-        # No tensor to speak of is no term of the sum or the minimum.
-        parts = [part._replace(tensors=[t for t in part.tensors if t.numel() > 0]) for part in parts]
-        parts = [part for part in parts if part.tensors]
-    wide = eager.wide_dtype(like)
-    if not parts:
-        return like.new_full((), math.inf if norm_type == -math.inf else 0.0, dtype=wide)
-    partials = [part.backend.norm_partial(part.tensors, norm_type).to(like.device, wide) for part in parts]
-    return _combine(partials, norm_type)
-
-
-def _combine(partials: Sequence[Tensor], norm_type: float) -> Tensor:
-    if len(partials) == 1:
-        return partials[0]
-    stacked = torch.stack(tuple(partials))
-    if math.isinf(norm_type):
-        return stacked.amax() if norm_type > 0 else stacked.amin()
-    return stacked.sum()
-
-
-def _root(partial: Tensor, norm_type: float) -> Tensor:
-    if norm_type in (0, 1) or math.isinf(norm_type):
-        return partial
-    if norm_type == 2:
-        return partial.sqrt()
-    return torch.full_like(partial, math.nan) if math.isnan(norm_type) else partial.pow(1 / norm_type)
-
-
-def _to_tensor(total_norm: float, dtype: torch.dtype) -> Tensor:
-    return torch.scalar_tensor(total_norm, dtype=torch.float64, device="cpu").to(dtype)
-
-
-def _raise_if_nonfinite(total_norm: Tensor | float, norm_type: float) -> None:
-    if not (torch.isfinite(total_norm) if isinstance(total_norm, Tensor) else math.isfinite(total_norm)):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from "
-            "`parameters` is non-finite, so it cannot be clipped. To disable "
-            "this error and scale the gradients by the non-finite norm anyway, "
-            "set `error_if_nonfinite=False`"
-        )
-
-
-def _clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
-    return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
-
-
-def _scale(grads: list[Tensor], clip_coef: Tensor, foreach: bool | None) -> None:
-    if grads and _may_be_one_call(grads, foreach):
-        with contextlib.suppress(RuntimeError):  # raised before any write: the list needs the closer look below
-            return _ops.write(_ops.scale_, grads, clip_coef.to(grads[0].device))
-    _scale_parts(_writable_parts(grads, foreach), clip_coef)
-
-
-def _scale_parts(parts: Sequence[_groups.Part], clip_coef: Tensor) -> None:
-    for part in parts:
-        part.backend.scale_(part.tensors, clip_coef.to(part.tensors[0].device))

@@ -5,21 +5,19 @@ FSDP2 (``fully_shard``) needs none: its gradients are DTensors, which the functi
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _ops, clip
-from .distributed import Route, Shards
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+from . import _ops, clip, gradients
+from .distributed import Route
+from .gradients import Routed, reduced_norm
 
 
-def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clips the norm of all gradients of a FullyShardedDataParallel model together, in place.
 
     Args:
@@ -45,14 +43,21 @@ def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: 
     if not any(handle.uses_sharded_strategy for handle in self._all_handles):
         return clip.clip_grad_norm_(self.parameters(), max_norm, norm_type)
     max_norm, norm_type = float(max_norm), float(norm_type)
-    sharded, whole = _gradients(self)
-    grads = [*sharded, *whole]
     like = torch.zeros((), device="cpu" if self.cpu_offload.offload_params else self.compute_device)
-    shards = [Shards(Route((self.process_group,)), sharded, None, like), Shards(Route(()), whole, None, like)]
-    total_norm = clip._reduced_norm(shards, norm_type, None)
-    clip._scale(grads, clip._clip_coef(total_norm, max_norm), None)
+    routed, grads = [], []
+    for parameters, is_sharded in _parameters(self):
+        slots = [parameter.grad for parameter in parameters]
+        held = [grad for grad in slots if grad is not None]
+        members = [gradients.of_tensors(held, writes=True)] if held else []
+        # An unsharded gradient counts once; that of the largest may differ by rank.
+        shared = is_sharded or math.isinf(norm_type)
+        routed.append(Routed(Route((self.process_group,) if shared else ()), members, slots if is_sharded else None))
+        grads += members
+    total_norm = reduced_norm(routed, norm_type, (), like)
+    for each in grads:
+        each.clip_with_norm_(max_norm, total_norm)
     if grads:
-        return total_norm.to(_ops.promoted_dtype(grads))
+        return total_norm.to(_ops.promoted_dtype([grad for each in grads for grad in each.tensors]))
     warnings.warn(
         f"Called FSDP.clip_grad_norm_() on rank {self.rank} with no gradients -- returning the total norm in the "
         "default dtype torch.float32",
@@ -61,17 +66,13 @@ def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: 
     return total_norm.float()
 
 
-def _gradients(model: FullyShardedDataParallel) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of which each rank has a shard, and those which each has whole."""
-    parameters: dict[Tensor, bool] = {}
+def _parameters(model: torch.nn.Module) -> list[tuple[list[Tensor], bool]]:
+    """The parameters of which each rank has a shard, and those which each has whole; equally many on all ranks."""
+    found: dict[Tensor, bool] = {}
     for handle in model._all_handles:
         owned: Iterable[Tensor] = handle.flat_param._params if handle._use_orig_params else [handle.flat_param]
         for parameter in owned:
-            parameters.setdefault(parameter, handle.uses_sharded_strategy)
+            found.setdefault(parameter, handle.uses_sharded_strategy)
     for parameter in model.parameters():
-        parameters.setdefault(parameter, False)  # not managed by FSDP
-    lists: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for parameter, is_sharded in parameters.items():
-        if parameter.grad is not None:
-            lists[0 if is_sharded else 1].append(parameter.grad)
-    return lists
+        found.setdefault(parameter, False)  # not managed by FSDP
+    return [([p for p, is_sharded in found.items() if is_sharded is which], which) for which in (True, False)]

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastclip import _dispatch, _ops, _plan
+from fastclip import _dispatch, _ops
 from fastclip.backends import cpu
 
 ROOT = Path(__file__).parents[1]
-HEADERS = Path(__file__).parent / "cpu" / "cuda_on_cpu"
+HEADERS = Path(__file__).parent / "native" / "cuda_on_cpu"
 NAMESPACE = "fastclip_cuda_on_cpu"
 # A misaligned access ends in cuda_runtime.h.
 FLAGS = (
@@ -85,13 +85,12 @@ class Launch(NamedTuple):
 def library() -> ctypes.CDLL:
     """Build and load the kernels, and register them."""
     cuda = ROOT / "csrc" / "cuda"
-    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), ROOT / "csrc" / "tensor_list.cpp", HEADERS / "torch_cuda.cpp"]
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *ROOT.glob("csrc/*.cpp"), HEADERS / "torch_cuda.cpp"]
     libtorch = Path(torch.__file__).parent / "lib" / "libtorch.so"
     loaded = ctypes.CDLL(str(build("library", sources, "-shared", "-Wl,--no-as-needed", str(libtorch))))
     loaded.fastclip_cuda_init.restype = loaded.fastclip_cuda_unsupported.restype = ctypes.c_char_p
     loaded.cuda_on_cpu_barrier.restype = ctypes.c_char_p
     loaded.cuda_on_cpu_launch.restype = ctypes.POINTER(3 * ctypes.c_uint)
-    _plan.declare_cuda(loaded)
     loaded.definitions = _ops.define(NAMESPACE)
     error = loaded.fastclip_cuda_init(NAMESPACE.encode(), b"CPU")
     assert error is None, error
@@ -103,8 +102,9 @@ def backend() -> ModuleType:
     """Return what fastclip.backends.cuda is on a GPU."""
     library()
     module, ops = ModuleType(NAMESPACE), getattr(torch.ops, NAMESPACE)
-    module.NAME, module.OPS = "cuda", frozenset()
-    module.unavailable, module.refuses = lambda: None, cpu.refuses_on_any_device
+    module.NAME, module.DEVICE, module.ENGINE = "cuda", "cpu", _ops.builtins_of(library(), "cuda")
+    module.unavailable, module.unsupported = lambda: None, lambda device: None
+    module.refuses = cpu.refuses_on_any_device
     for name in ("norm_partial", "scale_", "clamp_", "clip_grad_norm_"):
         setattr(module, name, getattr(ops, name).default)
     return module
@@ -113,14 +113,14 @@ def backend() -> ModuleType:
 @contextlib.contextmanager
 def use(multiprocessors: int = 2, blocks: int = 2, seed: int = 1, dropped_barrier: int = -1):
     """Force the backend, on a device of so many multiprocessors with so many resident blocks each."""
-    forced, deterministic = _dispatch.forced, torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     library().cuda_on_cpu_configure(multiprocessors, blocks, seed, dropped_barrier)
-    _dispatch.forced = backend()
+    token = _dispatch._chosen.set(backend())
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN
     try:
         yield
     finally:
-        _dispatch.forced = forced
+        _dispatch._chosen.reset(token)
         torch.use_deterministic_algorithms(deterministic)
         assert library().cuda_on_cpu_device_guards() == library().cuda_on_cpu_last_error() == 0
 

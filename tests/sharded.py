@@ -705,3 +705,76 @@ def two_norms_joined_by_the_caller():
         return total
 
     _assert_patch_changes_nothing(_fsdp2, clip)
+
+
+@check(CHECKS)
+def the_norm_of_nothing_is_zero():
+    """Of negative orders, too: DTensors without elements, and none at all on a rank of a process group."""
+    mesh = mesh_1d()
+    for norm_type in (2.0, math.inf, 0.0, -math.inf, -1.0, -2.0):
+        with during(norm_type):
+            grads = [sharded(torch.empty(0, 3), mesh, [Shard(0)]), sharded(torch.empty(4, 0), mesh, [Replicate()])]
+            assert fastclip.get_total_norm(grads, norm_type).full_tensor().item() == 0
+            assert fastclip.clip_grad_norm_([parameter(g) for g in grads], 1.0, norm_type).full_tensor().item() == 0
+            assert fastclip.get_total_norm([], norm_type, process_group=dist.group.WORLD).item() == 0
+            # What one rank has is the norm of all.
+            mine = [torch.tensor([3.0])] if dist.get_rank() == 0 else []
+            one = fastclip.get_total_norm(mine, norm_type, process_group=dist.group.WORLD)
+            assert one.item() == (1 if norm_type == 0 else 3)
+
+
+def _fsdp1_with_one_left_alone(use_orig_params):
+    """A model of which one module is ignored by FSDP, and its parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3))
+    alone = nn.Linear(3, 2)
+    model.append(alone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about FSDP1's age
+        wrapped = FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
+            use_orig_params=use_orig_params,
+            ignored_states=list(alone.parameters()),
+        )
+    return wrapped, list(alone.parameters())
+
+
+@check(CHECKS)
+def fsdp1_inf_norm_with_what_is_not_sharded():
+    """Where a parameter that FSDP ignores has other gradients on each rank, all ranks agree on the largest."""
+    for use_orig_params in (True, False):
+        results = []
+        for patched in (False, True):
+            model, alone = _fsdp1_with_one_left_alone(use_orig_params)
+            _step(model)
+            for p in alone:
+                p.grad.fill_(100.0 + dist.get_rank())
+            with fastclip.patch() if patched else contextlib.nullcontext():
+                norm = model.clip_grad_norm_(1.0, math.inf)
+            results.append([norm, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert_same_on_all_ranks(results[1][0].item())
+        assert results[1][0].item() == 99.0 + dist.get_world_size()
+        for theirs, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-9)
+
+
+@check(CHECKS)
+def fsdp1_norm_of_order_zero():
+    """torch divides by zero. A count that all ranks agree on, or one error on all of them; nothing is left waiting."""
+    from torch.distributed.fsdp import ShardingStrategy
+
+    for use_orig_params in (True, False):
+        model = _fsdp1(ShardingStrategy.FULL_SHARD, use_orig_params)
+        _step(model)
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with fastclip.patch():
+            try:
+                got = model.clip_grad_norm_(1e9, 0).item()
+            except ValueError as error:
+                got = str(error)
+                assert "norm_type" in got
+        assert_same_on_all_ranks(got)
+        reference.assert_bits([p.grad for p in model.parameters() if p.grad is not None], before)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fastclip
-from fastclip import _plan
+from fastclip import gradients
 
 # Of other packages, about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -19,13 +19,13 @@ MAX_NORM = 0.05
 def calls(monkeypatch):
     """What fastclip's functions were called on: the number of parameters of each call."""
     seen = []
-    original = _plan.of_gradients
+    original = gradients.of
 
-    def counting(parameters):
+    def counting(parameters, *args, **kwargs):
         seen.append(len(parameters))
-        return original(parameters)
+        return original(parameters, *args, **kwargs)
 
-    monkeypatch.setattr(_plan, "of_gradients", counting)
+    monkeypatch.setattr(gradients, "of", counting)
     return seen
 
 

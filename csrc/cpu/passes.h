@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../clip.h"
-#include "../tensor_list.h"
+#include "../views.h"
 
 namespace fastclip::cpu {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../clip.h"
-#include "../tensor_list.h"
+#include "../views.h"
 
 namespace fastclip::cuda {
 

@@ -150,7 +150,7 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
   launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
 }
 
-void scale(const std::vector<TensorView>& tensors, Scalar coef, double* scratch, Queue queue) {
+void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue) {
   const double* clip_coef = static_cast<const double*>(coef.data);
   if (coef.dtype != Dtype::kFloat64) {
     clip_coef = scratch;
@@ -174,6 +174,21 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double*
       launch_persistent("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
     });
   }
+}
+
+void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
+                Queue queue) {
+  double* const partials = scratch + 1;
+  const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, partials, queue);
+  const FinishArguments arguments{partials, slots, norm_type, 0, norm, scratch, norm_kind(norm_type), dtype};
+  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
+}
+
+void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch,
+                    Queue queue) {
+  launch("norm_coef_kernel", norm_coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(norm.data), norm.dtype,
+         max_norm);
+  launch_scale(nonempty(tensors), scratch, queue);
 }
 
 void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../clip.h"
-#include "../tensor_list.h"
+#include "../views.h"
 
 namespace fastclip::cuda {
 
@@ -23,11 +23,18 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
                   Queue queue);
 
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
-void scale(const std::vector<TensorView>& tensors, Scalar coef, double* scratch, Queue queue);
+void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
 // The bounds have passed check_bound.
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue);
+
+// *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`.
+void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
+                Queue queue);
+
+// x *= clip_coef(*norm, max_norm), with the writes of scale.
+void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch, Queue queue);
 
 // *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`; then x *= clip_coef.
 void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,

@@ -118,4 +118,9 @@ __global__ void coef_kernel(double* clip_coef, const void* number, Dtype dtype, 
   *clip_coef = number != nullptr ? load_scalar(number, dtype) : value;
 }
 
+// The coefficient of a norm that is known.
+__global__ void norm_coef_kernel(double* coef, const void* norm, Dtype dtype, double max_norm) {
+  *coef = clip_coef(load_scalar(norm, dtype), max_norm);
+}
+
 }  // namespace fastclip::cuda

@@ -1,7 +1,8 @@
 """The engines. Each is a module with the same names, takes tensors of one device, and never waits for a device.
 
 - ``NAME``, and ``unavailable() -> str | None``: the reason why it cannot run here.
-- ``OPS``: the device types whose ``torch.ops.fastclip.*`` it has registered.
+- ``ENGINE``: the builtins of its compiled engine, which take what csrc/reader.cpp has read; None where it has none.
+- ``DEVICE``, ``unsupported(index) -> str | None``: the device type of that engine, and why it cannot run on a device.
 - ``refuses(tensor) -> str | None``: the reason why it cannot take this tensor.
 - ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
   tensors; the norm before its root.

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/cpu/), by way of torch.ops.fastclip."""
+"""The compiled CPU kernels (csrc/cpu/): by way of what csrc/reader.cpp has read, or of torch.ops.fastclip."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from torch import Tensor
 from .. import _ops
 from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
 
-__all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
+__all__ = ["DEVICE", "ENGINE", "NAME", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
 NAME = "cpu"
-OPS = _ops.compiled_for & {"cpu"}
+DEVICE = "cpu"
+ENGINE = _ops.cpu_engine
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> str | None:
     return _ops.cpu_unavailable
+
+
+def unsupported(device: int) -> str | None:
+    return None
 
 
 def refuses(tensor: Tensor) -> str | None:
@@ -31,20 +36,6 @@ def refuses_on_any_device(tensor: Tensor) -> str | None:
         return f"layout {tensor.layout}"
     if tensor.dtype not in _DTYPES:
         return f"dtype {tensor.dtype}"
-    if torch.compiler.is_compiling():
-        return None
-    if tensor.is_neg():
+    if not torch.compiler.is_compiling() and tensor.is_neg():
         return "negative bit"
-    if not tensor.is_contiguous() and _may_overlap_itself(tensor):
-        return "elements that may share memory"
     return None
-
-
-def _may_overlap_itself(tensor: Tensor) -> bool:
-    reach = 1  # one past the furthest element that the inner dimensions touch
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                return True
-            reach += (size - 1) * stride
-    return False

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels (csrc/cuda/), by way of torch.ops.fastclip."""
+"""The compiled CUDA kernels (csrc/cuda/): by way of what csrc/reader.cpp has read, or of torch.ops.fastclip."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ from .. import _ops
 from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
 from . import cpu
 
-__all__ = ["NAME", "OPS", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
+__all__ = ["DEVICE", "ENGINE", "NAME", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
 
 NAME = "cuda"
-OPS = _ops.compiled_for & {"cuda"}
+DEVICE = "cuda"
+ENGINE = _ops.cuda_engine
 
 
 def unavailable() -> str | None:
     return _ops.cuda_unavailable
 
 
+def unsupported(device: int) -> str | None:
+    """Why the kernels cannot run on a device."""
+    return _ops.cuda_unsupported(device)
+
+
 def refuses(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"no CUDA kernels for {tensor.device.type} tensors"
-    if not torch.compiler.is_compiling() and (reason := _ops.cuda_unsupported(tensor.device.index)):
+    if not torch.compiler.is_compiling() and (reason := unsupported(tensor.device.index)):
         return f"{tensor.device}: {reason}"
     return cpu.refuses_on_any_device(tensor)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import _ops
 
 NAME = "triton"
+ENGINE = None
 # Elements for each partial, as on the CPU.
 CHUNK = 65_536
 WARPS = 4
@@ -354,14 +355,14 @@ _KERNELS = {
 _BUILT_FOR_GPUS = bool(torch.version.cuda or torch.version.hip or torch.xpu._is_compiled())
 _USABLE = not _MISSING and (_INTERPRETS or _BUILT_FOR_GPUS)
 # The device types whose torch.ops.fastclip.* are Triton's: those that no compiled library serves.
-OPS = frozenset({"cuda", "xpu"} - _ops.compiled_for if _USABLE and not _INTERPRETS else ())
+_SERVED = frozenset({"cuda", "xpu"} - _ops.compiled_for if _USABLE and not _INTERPRETS else ())
 
 if _USABLE:
     _library = _ops.define("fastclip_triton")
     for _name, _kernel in _KERNELS.items():
         for _device in ("cpu", "cuda", "xpu"):
             _library.impl(_name, _kernel, _device.upper())
-        for _device in OPS:
+        for _device in _SERVED:
             _ops.library.impl(_name, _kernel, _device.upper())
     norm_partial = torch.ops.fastclip_triton.norm_partial.default
     scale_ = torch.ops.fastclip_triton.scale_.default

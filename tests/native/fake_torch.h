@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/abi.h"
@@ -39,20 +40,34 @@ inline int64_t element_size(int32_t dtype) {
 inline std::map<std::string, void (*)(StableIValue*, uint64_t, uint64_t)> kernels;
 inline std::atomic<int64_t> live_handles{0};
 inline int threads = 1;
-inline int calls_until_failure = -1;  // below zero: no call fails
+inline int calls_until_failure = -1;        // below zero: no call fails
+inline int allocations_until_failure = -1;  // of what is not torch's; the program's operator new counts them
 
 inline AOTITorchError status() {
   if (calls_until_failure < 0) return 0;
   return calls_until_failure-- == 0 ? 1 : 0;
 }
 
+// What torch itself allocates is not counted.
+class Uncounted {
+ public:
+  Uncounted() { std::swap(was_, allocations_until_failure); }
+  ~Uncounted() { std::swap(was_, allocations_until_failure); }
+
+ private:
+  int was_ = -1;
+};
+
 }  // namespace fake
 
 struct AtenTensorOpaque {
   fake::Tensor tensor;
 };
+// As in torch, a list holds handles and owns none: reading an item hands its handle over, deleting the list deletes no
+// tensor.
 struct StableListOpaque {
-  std::vector<fake::Tensor> tensors;
+  std::vector<AtenTensorHandle> items;
+  std::vector<AtenTensorHandle> kept;  // what a failing call did not hand over: torch's calls here cannot fail
 };
 struct TorchLibraryOpaque {};
 
@@ -65,8 +80,15 @@ StableIValue new_handle(Opaque* handle) {
   std::memcpy(&value, &handle, sizeof(handle));
   return value;
 }
-inline StableIValue handle_of(const Tensor& tensor) { return new_handle(new AtenTensorOpaque{tensor}); }
-inline StableIValue handle_of(const std::vector<Tensor>& tensors) { return new_handle(new StableListOpaque{tensors}); }
+inline StableIValue handle_of(Tensor tensor) { return new_handle(new AtenTensorOpaque{std::move(tensor)}); }
+inline StableIValue handle_of(std::vector<Tensor> tensors) {
+  auto* list = new StableListOpaque;
+  for (Tensor& tensor : tensors) {
+    list->items.push_back(new AtenTensorOpaque{std::move(tensor)});
+    ++live_handles;
+  }
+  return new_handle(list);
+}
 
 }  // namespace fake
 
@@ -84,17 +106,27 @@ AOTITorchError torch_library_impl(TorchLibraryHandle, const char* name, void (*f
 }
 
 AOTITorchError torch_list_size(StableListHandle list, size_t* size) {
-  *size = list->tensors.size();
-  return fake::status();
+  const fake::Uncounted uncounted;
+  *size = list->items.size();
+  const AOTITorchError error = fake::status();
+  if (error != 0) list->kept = list->items;
+  return error;
 }
 AOTITorchError torch_list_get_item(StableListHandle list, size_t index, StableIValue* element) {
-  if (const AOTITorchError error = fake::status()) return error;
-  *element = fake::handle_of(list->tensors.at(index));
+  const fake::Uncounted uncounted;
+  const AtenTensorHandle item = list->items.at(index);
+  if (const AOTITorchError error = fake::status()) {
+    list->kept.push_back(item);
+    return error;
+  }
+  *element = 0;
+  std::memcpy(element, &item, sizeof(item));
   return 0;
 }
 AOTITorchError torch_delete_list(StableListHandle list) {
+  fake::live_handles -= 1 + static_cast<int64_t>(list->kept.size());
+  for (const AtenTensorHandle item : list->kept) delete item;
   delete list;
-  --fake::live_handles;
   return 0;
 }
 
@@ -133,6 +165,7 @@ AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* out) {
 }
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t dtype, int32_t, int32_t,
                                         AtenTensorHandle* out) {
+  const fake::Uncounted uncounted;
   if (const AOTITorchError error = fake::status()) return error;
   const auto storage = std::make_shared<std::vector<char>>(fake::element_size(dtype));
   const StableIValue value = fake::handle_of({storage, storage->data(), dtype});
@@ -149,6 +182,7 @@ int32_t aoti_torch_dtype_float16() { return fake::kFloat16; }
 
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*func)(int64_t, int64_t, void*),
                                   void* context) {
+  const fake::Uncounted uncounted;
   if (const AOTITorchError error = fake::status()) return error;
   const int64_t length = end - begin;
   const int64_t count = std::max<int64_t>(1, std::min<int64_t>(fake::threads, (length + grain - 1) / grain));

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <limits>
+#include <new>
 #include <stdexcept>
 
 #include "../../csrc/cpu/half.h"
@@ -237,25 +239,57 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
   }
 }
 
+// Tensors that own their memory themselves, alike in values, layout and in what they share: once their handles are
+// deleted, nobody may read it.
+std::vector<Tensor> copies(std::vector<Tensor> tensors) {
+  std::map<const char*, std::shared_ptr<std::vector<char>>> storages;
+  for (Tensor& tensor : tensors) {
+    std::shared_ptr<std::vector<char>>& storage = storages[tensor.storage->data()];
+    if (storage == nullptr) storage = std::make_shared<std::vector<char>>(*tensor.storage);
+    tensor.data = storage->data() + (tensor.data - tensor.storage->data());
+    tensor.storage = storage;
+  }
+  return tensors;
+}
+
+// Whole storages: what lies between the elements of a view, too.
+using Bytes = std::vector<std::vector<char>>;
+Bytes memory(const std::vector<Tensor>& tensors) {
+  Bytes bytes;
+  for (const Tensor& tensor : tensors) bytes.push_back(*tensor.storage);
+  return bytes;
+}
+
 // Runs an op; returns what it left on the stack, or the text of its error. No handle may be left over.
 struct Outcome {
   double result = 0;
   int32_t dtype = 0;
   std::string error = {};
 };
-Outcome run(const std::string& op, const std::vector<StableIValue>& arguments) {
+struct Failing {
+  int call = -1, allocation = -1;  // after so many others; below zero: none
+};
+Outcome run(const std::string& op, const std::vector<StableIValue>& arguments, Failing failing = {}) {
   std::vector<StableIValue> stack = arguments;
   Outcome outcome;
   const bool returns = op == "norm_partial" || op == "clip_grad_norm_";
+  const auto kernel = fake::kernels.at(op);
+  const auto set = [](Failing to) {
+    fake::calls_until_failure = to.call;
+    fake::allocations_until_failure = to.allocation;
+  };
   try {
-    fake::kernels.at(op)(stack.data(), stack.size(), returns);
+    set(failing);
+    kernel(stack.data(), stack.size(), returns);
+    set({});
     if (returns) {
       AtenTensorHandle handle;
       std::memcpy(&handle, stack.data(), sizeof(handle));
       outcome = {get(dtype_of(handle->tensor), handle->tensor.data), handle->tensor.dtype};
       aoti_torch_delete_tensor_object(handle);
     }
-  } catch (const std::runtime_error& e) {
+  } catch (const std::exception& e) {
+    set({});
     outcome.error = e.what();
   }
   CHECK(fake::live_handles == 0, "%s: %ld handles left, error '%s'", op.c_str(), fake::live_handles.load(),
@@ -284,13 +318,7 @@ double norm_of(const std::vector<Tensor>& tensors, double norm_type) {
 // The tensors one after the other, as torch writes them; compares with what op makes of them, then puts them back.
 void check_write(const std::vector<Tensor>& tensors, const std::string& op, const std::vector<StableIValue>& arguments,
                  const std::function<double(Dtype, double)>& expected) {
-  using Bytes = std::vector<std::vector<char>>;  // whole storages: what lies between the elements of a view, too
-  const auto memory = [&tensors] {
-    Bytes bytes;
-    for (const Tensor& tensor : tensors) bytes.push_back(*tensor.storage);
-    return bytes;
-  };
-  const Bytes before = memory();
+  const Bytes before = memory(tensors);
   const auto restore = [&] {
     for (size_t t = 0; t < tensors.size(); ++t)
       std::copy(before[t].begin(), before[t].end(), tensors[t].storage->begin());
@@ -299,7 +327,7 @@ void check_write(const std::vector<Tensor>& tensors, const std::string& op, cons
     const Dtype dtype = dtype_of(tensor);
     for (char* p : elements(tensor)) put(dtype, p, expected(dtype, get(dtype, p)));
   }
-  const Bytes wanted = memory();
+  const Bytes wanted = memory(tensors);
   for (const int threads : {1, 2, 5}) {
     restore();
     fake::threads = threads;
@@ -308,7 +336,7 @@ void check_write(const std::vector<Tensor>& tensors, const std::string& op, cons
     if (op == "scale_") all[1] = fake::handle_of(scalar(cpu::bit_cast<double>(arguments[0])));
     const Outcome outcome = run(op, all);
     CHECK(outcome.error.empty(), "%s: %s", op.c_str(), outcome.error.c_str());
-    CHECK(memory() == wanted, "%s, %d threads: other bytes", op.c_str(), threads);
+    CHECK(memory(tensors) == wanted, "%s, %d threads: other bytes", op.c_str(), threads);
   }
   restore();
 }
@@ -319,7 +347,7 @@ void check_list(const std::vector<Tensor>& tensors) {
     double first = 0;
     for (const int threads : {1, 2, 5}) {
       fake::threads = threads;
-      const Outcome got = run("norm_partial", {fake::handle_of(tensors), number(norm_type)});
+      const Outcome got = run("norm_partial", {fake::handle_of(copies(tensors)), number(norm_type)});
       CHECK(close(got.result, partial) && got.dtype == fake::kFloat64, "norm_partial %g: %a, expected %a; %s",
             norm_type, got.result, partial, got.error.c_str());
       first = threads == 1 ? got.result : first;
@@ -329,6 +357,9 @@ void check_list(const std::vector<Tensor>& tensors) {
   const double max_norm = 0.1;
   const double sum_squares = run("norm_partial", {fake::handle_of(tensors), number(2)}).result;
   const double coef = clip_coef(std::sqrt(sum_squares), max_norm);
+  const Outcome unowned =
+      run("clip_grad_norm_", {fake::handle_of(copies(tensors)), number(max_norm), number(2), optional(fake::kFloat64)});
+  CHECK(same(unowned.result, std::sqrt(sum_squares)), "clip_grad_norm_: %a; %s", unowned.result, unowned.error.c_str());
   check_write(tensors, "clip_grad_norm_", {number(max_norm), number(2), 0},
               [&](Dtype dtype, double x) { return scaled(dtype, x, coef); });
   check_write(tensors, "scale_", {number(0.25)}, [](Dtype dtype, double x) { return scaled(dtype, x, 0.25); });
@@ -391,7 +422,7 @@ void check_refusals() {
   Tensor elsewhere = scalar(0.5);
   elsewhere.device = 1;
   const std::vector<double> before = values(good);
-  const auto list = [&](const Tensor& bad) { return fake::handle_of(std::vector{good, bad}); };
+  const auto list = [&](const Tensor& bad) { return fake::handle_of(std::vector{good, bad, good, bad}); };
   const auto refuse = [&](const std::string& op, const std::vector<StableIValue>& arguments, const char* text) {
     const Outcome got = run(op, arguments);
     CHECK(got.error.find(text) != std::string::npos, "%s: got '%s', expected '%s'", op.c_str(), got.error.c_str(),
@@ -409,26 +440,36 @@ void check_refusals() {
   refuse("clamp_", {list(good), number(-1e6), number(1e6)}, "overflow");
 }
 
-// Every call into torch fails once: an error, no handle lost, no crash.
-void check_failing_calls() {
-  const std::vector<Tensor> tensors = {dense(fake::kFloat32, {300000}),
-                                       view(dense(fake::kFloat64, {9, 9}), 0, {9, 4}, {9, 2})};
-  const auto fail_each = [&](const char* op, const std::function<std::vector<StableIValue>()>& arguments) {
-    for (int n = 0;; ++n) {
-      std::vector<StableIValue> stack = arguments();
-      fake::calls_until_failure = n;
-      const Outcome got = run(op, stack);
-      const bool failed = fake::calls_until_failure < 0;
-      fake::calls_until_failure = -1;
-      CHECK(got.error.empty() != failed, "%s, call %d: '%s'", op, n, got.error.c_str());
-      if (!failed) return;
+// Every call into torch and every allocation fails once: an error, no handle lost, and nothing written by halves.
+void check_failures() {
+  const std::vector<Tensor> original = {dense(fake::kFloat32, {300000}),
+                                        view(dense(fake::kFloat64, {9, 9}), 0, {9, 4}, {9, 2})};
+  const auto fail_each = [&](const char* op, const std::function<std::vector<StableIValue>()>& rest) {
+    const auto outcome_of = [&](const std::vector<Tensor>& tensors, Failing failing) {
+      std::vector<StableIValue> stack = rest();
+      stack.insert(stack.begin(), fake::handle_of(tensors));
+      return run(op, stack, failing);
+    };
+    const std::vector<Tensor> written = copies(original);
+    const Outcome right = outcome_of(written, {});
+    CHECK(right.error.empty(), "%s: %s", op, right.error.c_str());
+    for (const bool call : {true, false}) {
+      int n = 0;
+      for (bool failed = true; failed; ++n) {
+        const std::vector<Tensor> tensors = copies(original);
+        const Outcome got = outcome_of(tensors, call ? Failing{n, -1} : Failing{-1, n});
+        failed = !got.error.empty();
+        const bool whole = memory(tensors) == memory(written);
+        CHECK(failed ? whole || memory(tensors) == memory(original) : whole && same(got.result, right.result),
+              "%s, %s %d: written by halves; '%s'", op, call ? "call" : "allocation", n, got.error.c_str());
+      }
+      CHECK(n > 1, "%s: no %s failed", op, call ? "call" : "allocation");
     }
   };
-  fail_each("norm_partial", [&] { return std::vector{fake::handle_of(tensors), number(2)}; });
-  fail_each("scale_", [&] { return std::vector{fake::handle_of(tensors), fake::handle_of(scalar(0.999))}; });
-  fail_each("clamp_", [&] { return std::vector{fake::handle_of(tensors), number(-1), number(1)}; });
-  fail_each("clip_grad_norm_",
-            [&] { return std::vector{fake::handle_of(tensors), number(0.1), number(2), optional(fake::kFloat32)}; });
+  fail_each("norm_partial", [] { return std::vector{number(2)}; });
+  fail_each("scale_", [] { return std::vector{fake::handle_of(scalar(0.999))}; });
+  fail_each("clamp_", [] { return std::vector{number(-1), number(1)}; });
+  fail_each("clip_grad_norm_", [] { return std::vector{number(0.1), number(2), optional(fake::kFloat32)}; });
 }
 
 // In memory that cannot be written to: a pass that changes nothing must not write.
@@ -452,6 +493,17 @@ void check_read_only() {
 
 }  // namespace
 
+// The compiler must not see, while inlining, that what new gave goes to free.
+#define NOINLINE __attribute__((noinline))
+NOINLINE void* operator new(size_t size) {
+  if (fake::allocations_until_failure >= 0 && fake::allocations_until_failure-- == 0) throw std::bad_alloc();
+  if (void* memory = std::malloc(size > 0 ? size : 1)) return memory;
+  throw std::bad_alloc();
+}
+NOINLINE void* operator new(size_t size, const std::nothrow_t&) noexcept { return std::malloc(size > 0 ? size : 1); }
+NOINLINE void operator delete(void* memory) noexcept { std::free(memory); }
+NOINLINE void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+
 int main() {
   if (const char* error = fastclip_cpu_init()) {
     std::fprintf(stderr, "%s\n", error);
@@ -462,7 +514,7 @@ int main() {
 #endif
   check_lists();
   check_refusals();
-  check_failing_calls();
+  check_failures();
   check_read_only();
   std::printf("%s: %ld checks passed\n", cpu::loops().isa, checks);
 }

@@ -1,0 +1,79 @@
+// The CPU's engine: the passes of cpu/passes.h with their numbers in memory, and the library's exported functions.
+#include "../engine.h"
+
+#include "../entry.h"
+#include "half.h"
+#include "loops.h"
+#include "passes.h"
+
+namespace fastclip::cpu {
+namespace {
+
+double load(Number number) {
+  switch (number.dtype) {
+    case Dtype::kFloat64:
+      return *static_cast<double*>(number.data);
+    case Dtype::kFloat32:
+      return *static_cast<float*>(number.data);
+    case Dtype::kBFloat16:
+      return to_float(*static_cast<bfloat16*>(number.data));
+    case Dtype::kFloat16:
+      return to_float(*static_cast<float16*>(number.data));
+  }
+  return 0.0;
+}
+
+void store(Number number, double value) {
+  switch (number.dtype) {
+    case Dtype::kFloat64:
+      *static_cast<double*>(number.data) = value;
+      break;
+    case Dtype::kFloat32:
+      *static_cast<float*>(number.data) = static_cast<float>(value);
+      break;
+    case Dtype::kBFloat16:
+      from_float(static_cast<float>(value), static_cast<bfloat16*>(number.data));
+      break;
+    case Dtype::kFloat16:
+      from_float(static_cast<float>(value), static_cast<float16*>(number.data));
+      break;
+  }
+}
+
+constexpr Engine kEngine = {
+    "CPU",
+    [](const Tensors& tensors, double norm_type, Number partial) {
+      store(partial, norm_partial(tensors.views, norm_type));
+    },
+    [](const Tensors& tensors, double norm_type, Number norm) { store(norm, total_norm(tensors.views, norm_type)); },
+    [](const Tensors& tensors, Number coef) { scale(tensors.views, load(coef)); },
+    [](const Tensors& tensors, double max_norm, Number norm) { scale(tensors.views, clip_coef(load(norm), max_norm)); },
+    [](const Tensors& tensors, double low, double high) { clamp(tensors.views, low, high); },
+    [](const Tensors& tensors, const Clip& clip, Number norm) {
+      const double wide = total_norm(tensors.views, clip.norm_type);
+      scale(tensors.views, clip_coef(wide, clip.max_norm));
+      store(norm, wide);
+    },
+};
+
+}  // namespace
+}  // namespace fastclip::cpu
+
+using namespace fastclip;
+
+// Called once after loading: chooses the ISA and registers the kernels. Returns null, or what went wrong.
+FASTCLIP_EXPORT const char* fastclip_cpu_init() {
+  return error_of([] {
+    cpu::loops();
+    Ops<cpu::kEngine>::enroll("fastclip", cpu::kEngine.dispatch_key);
+  });
+}
+
+// The name of the chosen ISA.
+FASTCLIP_EXPORT const char* fastclip_cpu_isa() { return cpu::loops().isa; }
+
+// With the GIL. The engine's builtins by name, or null and a Python error.
+FASTCLIP_EXPORT PyObject* fastclip_cpu_functions(const dlpack::Exchange* exchange) {
+  dlpack::exchange = exchange;
+  return python::given([] { return Builtins<cpu::kEngine>::all(); });
+}

@@ -1,0 +1,97 @@
+// The engine of CUDA devices: the launches of cuda/passes.h with what they need of torch, and the library's exported
+// functions.
+#include "../engine.h"
+
+#include <stdexcept>
+
+#include "../abi.h"
+#include "../entry.h"
+#include "passes.h"
+
+namespace fastclip::cuda {
+namespace {
+
+// Makes a device the current one, as launches need it, for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t index) { FASTCLIP_CALL(aoti_torch_create_device_guard, index, &guard_); }
+  ~DeviceGuard() { aoti_torch_delete_device_guard(guard_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  DeviceGuardHandle guard_ = nullptr;
+};
+
+// What a pass needs of torch for as long as it is queued: its device as the current one, that device's stream, and
+// memory of torch's allocator, which given back is used again on the same stream only.
+struct Call {
+  const DeviceGuard guard;
+  const OwnedTensor memory;
+  double* const scratch;
+  Queue queue;
+
+  Call(Device device, int64_t scratch_size)
+      : guard(device.index),
+        memory(new_tensor(scratch_size, Dtype::kFloat64, device)),
+        scratch(static_cast<double*>(data_of(memory))),
+        queue{device.index, nullptr} {
+    FASTCLIP_CALL(aoti_torch_get_current_cuda_stream, device.index, &queue.stream);
+  }
+};
+
+constexpr Engine kEngine = {
+    "CUDA",
+    [](const Tensors& tensors, double norm_type, Number partial) {
+      const Call call(tensors.device, scratch_size(tensors.views));
+      norm_partial(tensors.views, norm_type, call.scratch, static_cast<double*>(partial.data), call.queue);
+    },
+    [](const Tensors& tensors, double norm_type, Number norm) {
+      const Call call(tensors.device, scratch_size(tensors.views));
+      total_norm(tensors.views, norm_type, call.scratch, norm.data, norm.dtype, call.queue);
+    },
+    [](const Tensors& tensors, Number coef) {
+      const Call call(tensors.device, 1);
+      scale(tensors.views, coef, call.scratch, call.queue);
+    },
+    [](const Tensors& tensors, double max_norm, Number norm) {
+      const Call call(tensors.device, 1);
+      clip_with_norm(tensors.views, max_norm, norm, call.scratch, call.queue);
+    },
+    [](const Tensors& tensors, double low, double high) {
+      const Call call(tensors.device, 1);
+      clamp(tensors.views, low, high, call.scratch, call.queue);
+    },
+    [](const Tensors& tensors, const Clip& clip, Number norm) {
+      const Call call(tensors.device, scratch_size(tensors.views));
+      clip_grad_norm(tensors.views, clip.max_norm, clip.norm_type, call.scratch, norm.data, norm.dtype, call.queue);
+    },
+};
+
+}  // namespace
+}  // namespace fastclip::cuda
+
+using namespace fastclip;
+
+// The version of CUDA that the driver has to serve, as 1000 * major + 10 * minor.
+FASTCLIP_EXPORT int fastclip_cuda_runtime_version() { return cuda::runtime_version(); }
+
+// Called once after loading: registers the kernels for a namespace under a dispatch key. Returns null, or what went
+// wrong.
+FASTCLIP_EXPORT const char* fastclip_cuda_init(const char* ns, const char* key) {
+  return error_of([&] { Ops<cuda::kEngine>::enroll(ns, key); });
+}
+
+// Why a device cannot run the kernels; null where it can.
+FASTCLIP_EXPORT const char* fastclip_cuda_unsupported(int device) {
+  return error_of([&] {
+    const cuda::DeviceGuard guard(device);
+    if (const char* reason = cuda::unsupported()) throw std::runtime_error(reason);
+  });
+}
+
+// With the GIL. The engine's builtins by name, or null and a Python error.
+FASTCLIP_EXPORT PyObject* fastclip_cuda_functions(const dlpack::Exchange* exchange) {
+  dlpack::exchange = exchange;
+  return python::given([] { return Builtins<cuda::kEngine>::all(); });
+}

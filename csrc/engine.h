@@ -1,0 +1,26 @@
+// What an engine computes: one table of passes over the tensors of one device. The CPU's run at once; a GPU's are
+// queued on the current stream, wait for nothing and read nothing back. Every number is in the memory of the device.
+#pragma once
+
+#include "clip.h"
+#include "views.h"
+
+namespace fastclip {
+
+struct Engine {
+  const char* dispatch_key;
+  // *partial = sum |x|^p, max |x|, min |x| or the number of tensors with a non-zero: the norm before its root.
+  void (*norm_partial)(const Tensors&, double norm_type, Number partial);
+  // *norm = the norm over all elements of all tensors, 0 where there are none.
+  void (*total_norm)(const Tensors&, double norm_type, Number norm);
+  // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
+  void (*scale)(const Tensors&, Number coef);
+  // x *= clip_coef(*norm, max_norm).
+  void (*clip_with_norm)(const Tensors&, double max_norm, Number norm);
+  // x = min(max(x, low), high) with the bounds rounded to each tensor's dtype; writes only what changes.
+  void (*clamp)(const Tensors&, double low, double high);
+  // total_norm, then clip_with_norm by the wide norm.
+  void (*clip_grad_norm)(const Tensors&, const Clip& clip, Number norm);
+};
+
+}  // namespace fastclip

@@ -1,0 +1,161 @@
+// The two ways into an engine, written once over its table: the boxed kernels of torch.ops.fastclip, and the builtins
+// that fastclip/gradients/plain.py calls with tensors that reader.cpp has read.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "abi.h"
+#include "builtins.h"
+#include "clip.h"
+#include "dlpack.h"
+#include "engine.h"
+#include "export.h"
+#include "op_arguments.h"
+
+namespace fastclip {
+
+template <const Engine& kEngine>
+struct Ops {
+  using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
+
+  // norm_partial(Tensor[] tensors, float norm_type) -> Tensor
+  static void norm_partial(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    OwnedTensor partial = new_tensor(kScalar, Dtype::kFloat64, list.tensors().device);
+    kEngine.norm_partial(list.tensors(), from_stack<double>(stack[1]), {data_of(partial), Dtype::kFloat64});
+    leave(stack, std::move(partial));
+  }
+
+  // scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
+  static void scale_(StableIValue* stack, uint64_t, uint64_t) {
+    const OwnedTensor coef = to_tensor(stack[1]);
+    const TensorList list(stack[0]);
+    list.check_writable();
+    kEngine.scale(list.tensors(), view_number(coef, list.tensors().device, "clip_coef"));
+  }
+
+  // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
+  static void clamp_(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    const double low = from_stack<double>(stack[1]), high = from_stack<double>(stack[2]);
+    list.check_writable();
+    check_bound(list.tensors().views, low);
+    check_bound(list.tensors().views, high);
+    kEngine.clamp(list.tensors(), low, high);
+  }
+
+  // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
+  static void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
+    const std::unique_ptr<StableIValue> asked = to_optional(stack[3]);
+    const TensorList list(stack[0]);
+    const Clip clip{from_stack<double>(stack[1]), from_stack<double>(stack[2])};
+    list.check_writable();
+    const Dtype dtype = asked != nullptr ? to_dtype(*asked) : promoted_dtype(list.tensors().views);
+    OwnedTensor norm = new_tensor(kScalar, dtype, list.tensors().device);
+    kEngine.clip_grad_norm(list.tensors(), clip, {data_of(norm), dtype});
+    leave(stack, std::move(norm));
+  }
+
+  // Registers the ops of a namespace, for as long as the process lives.
+  static void enroll(const char* ns, const char* key) {
+    TorchLibraryHandle library = nullptr;
+    if (aoti_torch_library_init_impl(ns, key, __FILE__, __LINE__, &library) != 0 ||
+        torch_library_impl(library, "norm_partial", norm_partial, kTorchAbi) != 0 ||
+        torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
+        torch_library_impl(library, "clamp_", clamp_, kTorchAbi) != 0 ||
+        torch_library_impl(library, "clip_grad_norm_", clip_grad_norm_, kTorchAbi) != 0)
+      throw std::runtime_error("fastclip: registration with torch failed");
+  }
+};
+
+template <const Engine& kEngine>
+struct Builtins {
+  // norm_partial(tensors, norm_type, partial): *partial = the norm before its root.
+  static python::Owned norm_partial(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double norm_type = arguments.number(1);
+    const Number partial = number(arguments[2]);
+    return run(tensors, [&] { kEngine.norm_partial(tensors, norm_type, partial); });
+  }
+
+  // total_norm(tensors, norm_type, norm)
+  static python::Owned total_norm(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double norm_type = arguments.number(1);
+    const Number norm = number(arguments[2]);
+    return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
+  }
+
+  // scale_(tensors, clip_coef)
+  static python::Owned scale_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const Number coef = number(arguments[1]);
+    return run(tensors, [&] { kEngine.scale(tensors, coef); });
+  }
+
+  // clip_with_norm_(tensors, max_norm, norm)
+  static python::Owned clip_with_norm_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double max_norm = arguments.number(1);
+    const Number norm = number(arguments[2]);
+    return run(tensors, [&] { kEngine.clip_with_norm(tensors, max_norm, norm); });
+  }
+
+  // clamp_(tensors, min, max)
+  static python::Owned clamp_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double low = arguments.number(1), high = arguments.number(2);
+    check_bound(tensors.views, low);
+    check_bound(tensors.views, high);
+    return run(tensors, [&] { kEngine.clamp(tensors, low, high); });
+  }
+
+  // clip_grad_norm_(tensors, norm, *clip)
+  static python::Owned clip_grad_norm_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const Number norm = number(arguments[1]);
+    const Clip clip{arguments.number(2), arguments.number(3)};
+    return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
+  }
+
+  static python::Owned all() {
+    static PyMethodDef methods[] = {
+        python::method<norm_partial>("norm_partial"),
+        python::method<total_norm>("total_norm"),
+        python::method<scale_>("scale_"),
+        python::method<clip_with_norm_>("clip_with_norm_"),
+        python::method<clamp_>("clamp_"),
+        python::method<clip_grad_norm_>("clip_grad_norm_"),
+    };
+    return python::functions(methods);
+  }
+
+ private:
+  // A 0-dim tensor of the engine's device, whose memory is read or written.
+  static Number number(PyObject* tensor) {
+    dlpack::Tensor dl;
+    python::check(dlpack::exchange->from_object(tensor, &dl));
+    Number number{dl.data(), Dtype::kFloat64};
+    if (dl.ndim != 0 || number.data == nullptr || !dlpack::to_dtype(dl.dtype, &number.dtype))
+      throw std::runtime_error("fastclip: expected a 0-dim floating-point tensor that has memory");
+    return number;
+  }
+
+  // Taking the GIL back from a busy thread costs more than to pass over this many bytes.
+  static constexpr int64_t kShort = 1 << 20;
+
+  template <class Pass>
+  static python::Owned run(const Tensors& tensors, const Pass& pass) {
+    if (tensors.bytes < kShort) {
+      pass();
+    } else {
+      const python::WithoutGil released;
+      pass();
+    }
+    return python::share(python::none());
+  }
+};
+
+}  // namespace fastclip

@@ -1,0 +1,280 @@
+// A Python list of tensors, or of parameters that have gradients, sorted into sections: those that a compiled engine
+// takes as they are, by device, and the rest by the reason why not. Of DTensors the local tensors are read, by the mesh
+// and the placements that they share.
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "abi.h"
+#include "builtins.h"
+#include "dlpack.h"
+#include "export.h"
+#include "views.h"
+
+namespace fastclip::reader {
+namespace {
+
+using namespace python;
+
+// Why no compiled engine takes a tensor; in this order in fastclip/gradients/plain.py.
+enum class Reason { kNone, kDevice, kLayout, kDtype, kOverlap, kMemory, kInference };
+
+struct Names {
+  PyObject *tensor, *parameter, *grad, *local_tensor, *spec, *mesh, *placements, *trigger_wait;
+};
+Names names;
+
+// A property of torch's own tensors, without the look-up by name. A subclass may have another of that name.
+struct Property {
+  const PyGetSetDef* definition = nullptr;
+
+  PyObject* operator()(PyObject* tensor) const { return definition->get(tensor, definition->closure); }
+};
+Property grad_of, version_of;
+
+Property find_property(PyObject* tensor_base, const char* name) {
+  const auto* definition = static_cast<const PyGetSetDef*>(PyType_GetSlot(tensor_base, Py_tp_getset));
+  while (definition != nullptr && definition->name != nullptr && std::strcmp(definition->name, name) != 0) ++definition;
+  if (definition == nullptr || definition->name == nullptr)
+    throw std::runtime_error(std::string("fastclip: torch's tensors have no ") + name);
+  return {definition};
+}
+
+constexpr int32_t kNoShare = -1;
+
+// DTensors that share a mesh and placements.
+struct Share {
+  Owned mesh, placements;
+  Owned owner;  // the first of them
+  Owned slots;  // a list: the gradient of each parameter, None where there is none
+};
+
+struct Section {
+  Owned list;  // of the tensors themselves
+  std::unique_ptr<Tensors> tensors;
+  int32_t share;
+  Reason reason;
+  int dtypes = 0;  // bit d is set where there is one of Dtype d
+};
+
+struct Request {
+  bool gradients, writes, versions, cpu, cuda;
+  PyObject *dtensor, *skip;  // None, or the type; None, or a list of truths
+};
+
+bool is_plain(const PyObject* object) { return object->type == names.tensor || object->type == names.parameter; }
+
+class Reader {
+ public:
+  explicit Reader(const Request& request) : request_(request) {}
+
+  // (sections, shares), or None where a tensor is of a type that is not known here.
+  Owned read(PyObject* list) {
+    if (!gather(list)) return python::share(none());
+    for (const Item& item : items_) sort(item);
+    return result();
+  }
+
+ private:
+  struct Item {
+    Owned tensor;
+    int32_t share;
+  };
+
+  // Everything that may run Python code, before any address is taken.
+  bool gather(PyObject* list) {
+    const intptr_t size = PyList_Size(list);
+    check(size < 0 ? -1 : 0);
+    items_.reserve(static_cast<size_t>(size));
+    for (intptr_t i = 0; i < size; ++i) {
+      const Owned given = python::share(checked_borrowed(PyList_GetItem(list, i)));
+      Owned tensor = request_.gradients ? gradient_of(given.get()) : python::share(given.get());
+      const bool skipped = request_.skip != none() && is_true(PyList_GetItem(request_.skip, i));
+      const bool missing = skipped || (request_.gradients && tensor.get() == none());
+      // A parameter stands for the gradient that this rank does not have.
+      const PyObject* type = (missing ? given : tensor)->type;
+      if (type == request_.dtensor) {
+        const int32_t share = find_share(missing ? given.get() : tensor.get());
+        check(PyList_Append(shares_[share].slots.get(), missing ? none() : tensor.get()));
+        if (missing) continue;
+        Owned local = local_of(tensor.get());
+        if (!is_plain(local.get())) return false;
+        items_.push_back({std::move(local), share});
+      } else if (!missing) {
+        if (!is_plain(tensor.get())) return false;
+        items_.push_back({std::move(tensor), kNoShare});
+      }
+    }
+    return true;
+  }
+
+  static Owned gradient_of(PyObject* parameter) {
+    return checked(is_plain(parameter) ? grad_of(parameter) : PyObject_GetAttr(parameter, names.grad));
+  }
+  static PyObject* checked_borrowed(PyObject* object) {
+    if (object == nullptr) throw Raised();
+    return object;
+  }
+  static bool is_true(PyObject* object) {
+    const int truth = PyObject_IsTrue(checked_borrowed(object));
+    check(truth);
+    return truth != 0;
+  }
+
+  static Owned local_of(PyObject* dtensor) {
+    Owned local = checked(PyObject_GetAttr(dtensor, names.local_tensor));
+    if (is_plain(local.get())) return local;
+    // A functional collective may still be filling it.
+    const Owned wait(PyObject_GetAttr(local.get(), names.trigger_wait));
+    if (wait == nullptr) {
+      PyErr_Clear();
+      return local;
+    }
+    return checked(PyObject_CallObject(wait.get(), nullptr));
+  }
+
+  int32_t find_share(PyObject* dtensor) {
+    const Owned spec = checked(PyObject_GetAttr(dtensor, names.spec));
+    Owned mesh = checked(PyObject_GetAttr(spec.get(), names.mesh));
+    Owned placements = checked(PyObject_GetAttr(spec.get(), names.placements));
+    // Neighbours in a list are mostly alike: the last one first, then all by identity, then by value.
+    const auto is_same = [&](const Share& share) {
+      return share.mesh == mesh && share.placements.get() == placements.get();
+    };
+    if (last_share_ != kNoShare && is_same(shares_[last_share_])) return last_share_;
+    for (size_t i = 0; i < shares_.size(); ++i)
+      if (is_same(shares_[i])) return last_share_ = static_cast<int32_t>(i);
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      if (shares_[i].mesh != mesh) continue;
+      const int equal = PyObject_RichCompareBool(shares_[i].placements.get(), placements.get(), Py_EQ);
+      check(equal);
+      if (equal) return last_share_ = static_cast<int32_t>(i);
+    }
+    shares_.push_back({std::move(mesh), std::move(placements), python::share(dtensor), checked(PyList_New(0))});
+    return last_share_ = static_cast<int32_t>(shares_.size()) - 1;
+  }
+
+  // No Python code runs from here on.
+  void sort(const Item& item) {
+    dlpack::Tensor dl;
+    TensorView view{};
+    Device device{};
+    const Reason reason = view_of(item.tensor.get(), &dl, &view, &device);
+    Section& section = find_section(item.share, device, reason);
+    check(PyList_Append(section.list.get(), item.tensor.get()));
+    if (reason != Reason::kNone) return;
+    section.dtypes |= 1 << static_cast<int>(view.dtype);
+    section.tensors->add(std::move(view));
+  }
+
+  // DLPack does not show the negative bit, under which memory holds -x: norms, scaling and symmetric bounds do not
+  // mind.
+  Reason view_of(PyObject* tensor, dlpack::Tensor* dl, TensorView* view, Device* device) const {
+    if (dlpack::exchange->from_object(tensor, dl) != 0) {
+      PyErr_Clear();
+      return Reason::kLayout;
+    }
+    const bool on_cpu = dl->device.type == dlpack::kCpu || dl->device.type == dlpack::kCudaHost;
+    if (!(on_cpu ? request_.cpu : dl->device.type == dlpack::kCuda && request_.cuda)) return Reason::kDevice;
+    *device = on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl->device.id};
+    Dtype dtype;
+    if (!dlpack::to_dtype(dl->dtype, &dtype)) return Reason::kDtype;
+    *view = make_view(dl->data(), dtype, dl->ndim, dl->shape, dl->strides);
+    if (lacks_memory(*view)) return Reason::kMemory;
+    if (request_.writes && may_overlap_itself(*view)) return Reason::kOverlap;
+    // An inference tensor has no version.
+    if (request_.versions && Owned(version_of(tensor)) == nullptr) {
+      PyErr_Clear();
+      return Reason::kInference;
+    }
+    return Reason::kNone;
+  }
+
+  Section& find_section(int32_t share, Device device, Reason reason) {
+    const auto fits = [&](const Section& section) {
+      if (section.share != share || section.reason != reason) return false;
+      return reason != Reason::kNone ||
+             (section.tensors->device.type == device.type && section.tensors->device.index == device.index);
+    };
+    if (last_section_ < sections_.size() && fits(sections_[last_section_])) return sections_[last_section_];
+    for (last_section_ = 0; last_section_ < sections_.size(); ++last_section_)
+      if (fits(sections_[last_section_])) return sections_[last_section_];
+    sections_.push_back({checked(PyList_New(0)), nullptr, share, reason});
+    if (reason == Reason::kNone) {
+      sections_.back().tensors = std::make_unique<Tensors>();
+      sections_.back().tensors->device = device;
+      sections_.back().tensors->views.reserve(items_.size());
+    }
+    return sections_.back();
+  }
+
+  static void set(const Owned& tuple, intptr_t i, Owned value) {
+    check(PyTuple_SetItem(tuple.get(), i, value.release()));
+  }
+  static Owned number(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
+
+  Owned result() {
+    const Owned sections = checked(PyList_New(0)), shares = checked(PyList_New(0));
+    for (Section& section : sections_) {
+      const Owned tuple = checked(PyTuple_New(6));
+      const bool taken = section.reason == Reason::kNone;
+      set(tuple, 1, std::move(section.list));
+      set(tuple, 2, number(taken ? section.tensors->device.index : -1));
+      set(tuple, 3, number(section.dtypes));
+      set(tuple, 4, number(static_cast<int>(section.reason)));
+      set(tuple, 5, number(section.share));
+      set(tuple, 0, taken ? to_python(std::move(section.tensors)) : python::share(none()));
+      check(PyList_Append(sections.get(), tuple.get()));
+    }
+    for (Share& share : shares_) {
+      const Owned tuple = checked(PyTuple_New(4));
+      set(tuple, 0, std::move(share.mesh));
+      set(tuple, 1, std::move(share.placements));
+      set(tuple, 2, std::move(share.owner));
+      set(tuple, 3, std::move(share.slots));
+      check(PyList_Append(shares.get(), tuple.get()));
+    }
+    Owned both = checked(PyTuple_New(2));
+    set(both, 0, python::share(sections.get()));
+    set(both, 1, python::share(shares.get()));
+    return both;
+  }
+
+  const Request request_;
+  std::vector<Item> items_;
+  std::vector<Section> sections_;
+  std::vector<Share> shares_;
+  size_t last_section_ = 0;
+  int32_t last_share_ = kNoShare;
+};
+
+// read(list, gradients, writes, versions, cpu, cuda, dtensor, skip)
+Owned read(const Arguments& arguments) {
+  const Request request{arguments.truth(1), arguments.truth(2), arguments.truth(3), arguments.truth(4),
+                        arguments.truth(5), arguments[6],       arguments[7]};
+  return Reader(request).read(arguments[0]);
+}
+
+}  // namespace
+
+}  // namespace fastclip::reader
+
+using namespace fastclip;
+
+// With the GIL. The reader for a torch that has these types: {"read": builtin}, or null and an error.
+FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObject* tensor, PyObject* parameter,
+                                                    const dlpack::Exchange* exchange) {
+  dlpack::exchange = exchange;
+  return python::given([=] {
+    const auto intern = [](const char* name) { return python::checked(PyUnicode_InternFromString(name)).release(); };
+    reader::names = {tensor,          parameter,      intern("grad"),       intern("_local_tensor"),
+                     intern("_spec"), intern("mesh"), intern("placements"), intern("trigger_wait")};
+    reader::grad_of = reader::find_property(tensor_base, "grad");
+    reader::version_of = reader::find_property(tensor_base, "_version");
+    static PyMethodDef methods[] = {python::method<reader::read>("read")};
+    return python::functions(methods);
+  });
+}

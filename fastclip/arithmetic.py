@@ -1,0 +1,57 @@
+"""The arithmetic of clipping in torch ops; csrc/clip.h has the same in C++.
+
+A partial is what combines with the same of other tensors, lists and ranks: ``sum |x|^p`` for the orders 1 and 2, the
+largest or the smallest magnitude for the infinite ones, the number of tensors with a non-zero for order 0. For every
+other order it is the norm itself, because ``|x|^p`` may leave float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The accumulator's dtype: float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_power(norm_type: float) -> bool:
+    """Whether the partials of an order are norms."""
+    return norm_type not in (0, 1, 2) and not math.isinf(norm_type)
+
+
+def nothing(norm_type: float) -> float:
+    """The partial of no elements."""
+    return math.inf if norm_type < 0 else 0.0
+
+
+def combine(partials: Tensor, norm_type: float) -> Tensor:
+    """Combines partials along the first dimension."""
+    if is_power(norm_type):
+        return combine_norms(partials, norm_type)
+    if math.isinf(norm_type):
+        return partials.amax(0) if norm_type > 0 else partials.amin(0)
+    return partials.sum(0)
+
+
+def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
+    """``(sum n^p)^(1/p)`` along the first dimension, as multiples of the norm that counts most: all others are less."""
+    if math.isnan(norm_type):
+        return torch.full_like(norms[0], math.nan)
+    most = norms.amax(0) if norm_type > 0 else norms.amin(0)
+    total = most * (norms / most).pow(norm_type).sum(0).pow(1 / norm_type)
+    # Where the most is 0 or infinite it is the result; NaN stays.
+    return torch.where((most == 0) | most.isinf(), most, total)
+
+
+def root(partial: Tensor, norm_type: float) -> Tensor:
+    """The norm from the partial of all elements."""
+    return partial.sqrt() if norm_type == 2 else partial
+
+
+def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
+    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
+    return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)

@@ -1,0 +1,67 @@
+"""What a call clips, and who passes over it: the only place that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, distributed
+from ..backends import eager
+from ..distributed import ProcessGroup
+from . import parts, reading
+from .contract import Clip, Foreign, Gradients, Group, Nothing
+from .parts import of_tensors
+from .sharded import Routed, Sharded, reduced_norm
+
+__all__ = ["Clip", "Foreign", "Gradients", "Group", "Nothing", "Routed", "is_known", "of", "of_tensors", "reduced_norm"]
+
+
+def of(
+    parameters: Sequence[Tensor],
+    foreach: bool | None = None,
+    process_group: ProcessGroup | Iterable[ProcessGroup] | None = None,
+    is_duplicate: Callable[[Tensor], bool] | None = None,
+    *,
+    gradients: bool = True,
+    writes: bool = True,
+    symmetric: bool = True,
+) -> Gradients:
+    """Reads a list, once, and checks it if it is to be written.
+
+    Args:
+        parameters: whose gradients are meant; with ``gradients=False`` they are meant themselves.
+        foreach, process_group, is_duplicate: as in :func:`fastclip.clip_grad_norm_`.
+        gradients: whether the list is of parameters.
+        writes: whether the list will be written.
+        symmetric: whether what happens to ``-x`` is the negative of what happens to ``x``.
+    """
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return _foreign(parameters, gradients, foreach, asked=False)  # torch.jit drops an op whose result nobody reads
+    read = reading.read(parameters, gradients, writes)
+    asked = process_group is not None or is_duplicate is not None
+    if read is None:
+        return _foreign(parameters, gradients, foreach, asked)
+    sections, shares = read
+    if asked or shares:
+        skip = None if is_duplicate is None else [is_duplicate(parameter) for parameter in parameters]
+        counted = reading.read(parameters, gradients, False, skip) if skip else read
+        groups = distributed.as_groups(process_group)
+        return Sharded(sections, *counted, groups, foreach=foreach, writes=writes, symmetric=symmetric)
+    return parts.of_sections(sections, foreach, writes, symmetric) if sections else Nothing()
+
+
+def is_known(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own, or what a trace puts in its place."""
+    return type(tensor) in reading.KNOWN
+
+
+def _foreign(parameters: Sequence[Tensor], gradients: bool, foreach: bool | None, asked: bool) -> Foreign:
+    tensors = [grad for p in parameters if (grad := p.grad) is not None] if gradients else list(parameters)
+    odd = next((type(tensor) for tensor in tensors if not is_known(tensor)), Tensor)
+    if asked:
+        raise TypeError(f"process_group, is_duplicate: not supported for gradients of type {odd.__name__}")
+    if odd is not Tensor and issubclass(odd, Tensor) and (forced := _dispatch.forced()) not in (None, eager):
+        raise ValueError(f"use_backend({forced.NAME!r}): it cannot take a {odd.__name__}, a tensor subclass")
+    return Foreign(parameters, tensors, foreach)

@@ -1,0 +1,193 @@
+"""Tensors of several backends or devices, and those that are passed over by torch's ops: checked before any write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _device_has_foreach_support
+
+from .. import _dispatch
+from ..arithmetic import combine, is_power, nothing, wide_dtype
+from ..backends import eager
+from . import reading
+from .contract import PLAIN, Clip, Gradients, Group, describe
+from .plain import DTYPES, Plain
+
+
+class Part(Gradients):
+    """Tensors that one backend takes in one call, by ops, which who watches can see."""
+
+    def __init__(self, backend: ModuleType, tensors: list[Tensor], reason: str) -> None:
+        self.backend, self.tensors, self.reason = backend, tensors, reason
+
+    def groups(self) -> Iterator[Group]:
+        yield describe(self.backend.NAME, self.tensors, self.reason)
+
+    def norm_partial(self, norm_type: float) -> Tensor:
+        if is_power(norm_type):
+            return eager.total_norm(self.tensors, norm_type)
+        return self.backend.norm_partial(self.tensors, norm_type)
+
+    def scale_(self, clip_coef: Tensor) -> None:
+        self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device))
+
+    def check_clamp(self, low: float, high: float) -> None:
+        if torch.compiler.is_compiling():
+            return  # it may not know the numbers
+        super().check_clamp(low, high)
+        if self.backend is eager:
+            eager.check_clamp(self.tensors, low, high)
+
+    def clamp_(self, low: float, high: float) -> None:
+        backend = eager if torch.compiler.is_compiling() else self.backend
+        backend.clamp_(self.tensors, low, high)
+
+    def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
+        # What a compiler traces may be a number of which it knows no value, which the op does not take.
+        if not self.backend.clip_grad_norm_ or torch.compiler.is_compiling():
+            return super().clip_grad_norm_(clip, norm_dtype)
+        narrow = norm_dtype not in (None, *DTYPES)
+        norm = self.backend.clip_grad_norm_(self.tensors, *clip, dtype=torch.float64 if narrow else norm_dtype)
+        return norm.to(norm_dtype) if narrow else norm
+
+
+class Parts(Gradients):
+    """Lists that are passed over one by one; their partials are combined on the device of the first tensor."""
+
+    def __init__(self, members: Sequence[Gradients]) -> None:
+        self.members = members
+        self.tensors = [tensor for member in members for tensor in member.tensors]
+
+    def groups(self) -> Iterator[Group]:
+        for member in self.members:
+            yield from member.groups()
+
+    def norm_partial(self, norm_type: float) -> Tensor:
+        # No tensor to speak of is no term of a sum of negative powers or of a minimum.
+        members = [each for each in self.members if norm_type >= 0 or each.has_elements()]
+        return partial_of(members, norm_type, self.tensors[0])
+
+    def scale_(self, clip_coef: Tensor) -> None:
+        for member in self.members:
+            member.scale_(clip_coef)
+
+    def check_clamp(self, low: float, high: float) -> None:
+        for member in self.members:
+            member.check_clamp(low, high)
+
+    def clamp_(self, low: float, high: float) -> None:
+        for member in self.members:
+            member.clamp_(low, high)
+
+
+def partial_of(members: Sequence[Gradients], norm_type: float, like: Tensor) -> Tensor:
+    """The partial of several lists, on the device of ``like``."""
+    wide = wide_dtype(like.device)
+    partials = [member.norm_partial(norm_type).to(like.device, wide) for member in members]
+    if not partials:
+        return like.new_full((), nothing(norm_type), dtype=wide)
+    return partials[0] if len(partials) == 1 else combine(torch.stack(partials), norm_type)
+
+
+def of_tensors(
+    tensors: list[Tensor], *, foreach: bool | None = None, writes: bool = False, symmetric: bool = True
+) -> Gradients:
+    """Plain tensors of this process, at least one: see :func:`fastclip.gradients.of`."""
+    sections, _ = reading.read(tensors, False, writes)
+    return of_sections(sections, foreach, writes, symmetric)
+
+
+def of_sections(sections: Sequence[reading.Section], foreach: bool | None, writes: bool, symmetric: bool) -> Gradients:
+    """Sections of plain tensors, at least one, as one list."""
+    members = members_of(sections[0], foreach, writes, symmetric)
+    for section in sections[1:]:
+        members += members_of(section, foreach, writes, symmetric)
+    return members[0] if len(members) == 1 else Parts(members)
+
+
+def members_of(section: reading.Section, foreach: bool | None, writes: bool, symmetric: bool) -> list[Gradients]:
+    """The lists of a section: one that its engine takes, or those of other backends, checked here."""
+    views, tensors, device, dtypes, reason, _ = section
+    refused = reading.why_refused(reason, tensors[0])
+    if views is not None:
+        backend = _dispatch.compiled()[device >= 0]
+        refused = backend.unsupported(device)
+        if refused is None and (symmetric or not any(map(Tensor.is_neg, tensors))):
+            return [Plain(backend, views, tensors, device, dtypes)]
+    check(tensors, writes)
+    check_foreach(tensors, foreach)
+    return split(tensors, refused)
+
+
+def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
+    """Groups tensors by backend and device, keeping their order inside each group.
+
+    Args:
+        tensors: plain tensors, or what a trace puts in their place.
+        refused: why the reader of the compiled engines did not take them.
+
+    Raises:
+        ValueError: a backend is forced and refuses a tensor.
+    """
+    parts: dict[tuple[str, torch.device], Part] = {}
+    candidates = _dispatch.candidates()
+    for tensor in tensors:
+        refusals = []
+        for backend in candidates:
+            refusal = (refused if backend.ENGINE else None) or backend.refuses(tensor)
+            if refusal is None:
+                break
+            refusals.append(f"{backend.NAME}: {refusal}")
+        else:
+            what = f"a gradient of shape {tuple(tensor.shape)}"
+            raise ValueError(f"use_backend({backend.NAME!r}): {what} cannot be taken: {refusal}")
+        key = (backend.NAME, tensor.device)
+        if key not in parts:
+            parts[key] = Part(backend, [], "; ".join(refusals) or "first choice")
+        parts[key].tensors.append(tensor)
+    return list(parts.values())
+
+
+def check(tensors: Sequence[Tensor], writes: bool) -> None:
+    """Raises torch's errors for tensors that cannot be read, or written in place, before any other is written."""
+    if torch.compiler.is_compiling():
+        return  # strides may be symbols; the kernels look for themselves when the graph runs
+    for tensor in tensors:
+        _check_memory(tensor)
+        if writes:
+            _check_writable(tensor)
+
+
+def _check_memory(tensor: Tensor) -> None:
+    # A trace and a transform have tensors without memory of their own.
+    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or _dispatch.in_transform():
+        return
+    if tensor.layout == torch.strided and tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
+        raise RuntimeError(f"a {tensor.dtype} gradient of shape {tuple(tensor.shape)} has no memory for its elements")
+
+
+def _check_writable(tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        # On no elements, for the type and the text of the running torch.
+        torch._foreach_mul_([torch.empty(0, dtype=tensor.dtype, device="cpu")], torch.tensor(0.5, device="cpu"))
+        raise RuntimeError(f"expected gradients of a floating-point or complex dtype, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return
+    if tensor._is_zerotensor():
+        raise RuntimeError("ZeroTensors are immutable. Please clone() the gradient before clipping it.")
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
+
+
+def check_foreach(tensors: Sequence[Tensor], foreach: bool | None) -> None:
+    for device in {tensor.device for tensor in tensors} if foreach else ():
+        if not _device_has_foreach_support(device):
+            raise RuntimeError(f"foreach=True was passed, but can't use the foreach API on {device.type} tensors")

@@ -1,0 +1,170 @@
+"""Gradients that ranks share: partials are reduced over them before the root, and writing is local.
+
+Which collectives run, and in which order, follows from the meshes and placements of the parameters, which are the same
+on every rank: one whose shards are empty, or that has fewer gradients or none, takes part in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _ops, distributed
+from ..arithmetic import combine, nothing, root, wide_dtype
+from ..distributed import ProcessGroup, Route
+from . import parts
+from .contract import Gradients, Group
+from .reading import Section, Share
+
+
+class Routed(NamedTuple):
+    """What one route reduces: lists, and for order 0, which counts tensors, a slot for each parameter."""
+
+    route: Route
+    members: list[Gradients]
+    slots: list[Tensor | None] | None  # local tensors; None where each counts on this rank alone
+
+
+class Sharded(Gradients):
+    """What this rank holds of gradients that ranks share."""
+
+    def __init__(
+        self,
+        sections: Sequence[Section],
+        counted: Sequence[Section],
+        shares: Sequence[Share],
+        groups: Sequence[ProcessGroup],
+        *,
+        foreach: bool | None,
+        writes: bool,
+        symmetric: bool,
+    ) -> None:
+        self._sections, self._shares, self._groups = sections, shares, groups
+        read = [(section, parts.members_of(section, foreach, writes, symmetric)) for section in sections]
+        if counted is not sections:
+            read_again = [(section, parts.members_of(section, foreach, False, symmetric)) for section in counted]
+        self._counted = [(section[5], members) for section, members in (read if counted is sections else read_again)]
+        members = [member for _, each in read for member in each]
+        self.tensors = [tensor for member in members for tensor in member.tensors]
+        self._local = parts.Parts(members) if members else None
+
+    def groups(self) -> Iterator[Group]:
+        return self._local.groups() if self._local else iter(())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        tensors = self.tensors or [_local(share.owner) for share in self._shares]
+        return _ops.promoted_dtype(tensors) if tensors else torch.get_default_dtype()
+
+    def total_norm(self, norm_type: float) -> Tensor:
+        like = self.tensors[0] if self.tensors else None
+        if like is None:
+            like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
+        return reduced_norm(self._routed(), norm_type, self._groups, like)
+
+    def scale_(self, clip_coef: Tensor) -> None:
+        if self._local:
+            self._local.scale_(clip_coef)
+
+    def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
+        if self._local:
+            self._local.clip_with_norm_(max_norm, total_norm)
+
+    def check_clamp(self, low: float, high: float) -> None:
+        if any(_is_partial(share) for share in self._shares):
+            raise RuntimeError(
+                "clip_value: a gradient with Partial placements has no values yet; redistribute it first"
+            )
+        if self._local:
+            self._local.check_clamp(low, high)
+
+    def clamp_(self, low: float, high: float) -> None:
+        if self._local:
+            self._local.clamp_(low, high)
+
+    def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
+        """As a DTensor where torch returns one: where all gradients are DTensors on one mesh."""
+        total_norm = total_norm.to(norm_dtype or self.dtype)
+        with_grads = {section[5] for section in self._sections} or range(len(self._shares))
+        meshes = {self._shares[i].mesh if i >= 0 else None for i in with_grads}
+        if len(meshes) != 1 or None in meshes:
+            return total_norm
+        from torch.distributed.tensor import DTensor, Replicate
+
+        (mesh,) = meshes
+        return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+    def _routed(self) -> list[Routed]:
+        """The lists by route. A gradient with Partial placements is reduced here first, in a collective."""
+        found: dict[object, Routed] = {}
+        for i, share in enumerate(self._shares):
+            members = [member for index, each in self._counted if index == i for member in each]
+            grads = share.slots
+            if _is_partial(share):
+                grads = [grad if grad is None else _reduce_partial(grad) for grad in grads]
+                reduced = [_local(grad) for grad in grads if grad is not None]
+                members = [parts.of_tensors(reduced)] if reduced else []
+            sharded = tuple(d for d, p in enumerate(share.placements) if not (p.is_replicate() or p.is_partial()))
+            key = share.mesh, sharded
+            if key not in found:
+                found[key] = Routed(distributed.route(*key), [], [])
+            found[key].members.extend(members)
+            found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
+        plain = [member for index, each in self._counted if index < 0 for member in each]
+        return [*found.values(), Routed(Route(()), plain, None)]
+
+
+def reduced_norm(routed: Sequence[Routed], norm_type: float, groups: Sequence[ProcessGroup], like: Tensor) -> Tensor:
+    """The wide norm, on the device of ``like``: each partial becomes the one of all its ranks before the root."""
+    partials = [_partials(each, norm_type, like) for each in routed]
+    partials = distributed.reduce(partials, [each.route for each in routed], norm_type)
+    if norm_type == 0:
+        counts = zip(partials, routed, strict=True)
+        partials = [
+            p.sum(0, keepdim=True) if each.slots is None else (p != 0).sum(0, keepdim=True) for p, each in counts
+        ]
+        partials = [partial.to(wide_dtype(like.device)) for partial in partials]
+    total = combine(torch.stack(partials), norm_type)
+    for group in groups:
+        total = distributed.all_reduce(total, norm_type, group)
+    if norm_type < 0:
+        # Of no elements on any rank the norm is 0.
+        return torch.where(total[1] == nothing(norm_type), 0.0, root(total[0], norm_type))
+    return root(total[0], norm_type)
+
+
+def _partials(routed: Routed, norm_type: float, like: Tensor) -> Tensor:
+    """What a route reduces, 1-d: the partial; for negative orders also one that tells whether there are elements."""
+    wide = wide_dtype(like.device)
+    if norm_type == 0 and routed.slots is not None:
+        one = [like.new_zeros((), dtype=wide) if t is None else _count(t).to(like.device) for t in routed.slots]
+        return torch.stack(one) if one else like.new_empty(0, dtype=wide)
+    members = [member for member in routed.members if norm_type >= 0 or member.has_elements()]
+    partial = parts.partial_of(members, norm_type, like)
+    if not norm_type < 0:
+        return partial.reshape(1)
+    return torch.stack([partial, like.new_full((), 1.0 if members else nothing(norm_type), dtype=wide)])
+
+
+def _count(tensor: Tensor) -> Tensor:
+    return parts.of_tensors([tensor]).norm_partial(0.0)
+
+
+def _is_partial(share: Share) -> bool:
+    return any(placement.is_partial() for placement in share.placements)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of this rank, which aliases the DTensor; `to_local()` takes ten times as long as the attribute."""
+    local = tensor._local_tensor
+    return local.trigger_wait() if hasattr(local, "trigger_wait") else local
+
+
+@torch.no_grad()
+def _reduce_partial(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
