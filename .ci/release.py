@@ -1,8 +1,9 @@
-"""Builds a release from the last commit: release.py [--out DIR] [--twice] [sdist] [x86_64] [aarch64] [pure]
+"""Builds a release from the last commit: release.py [--out DIR] [--twice] [--trial] [KIND ...]
 
-The sdist, and from it a manylinux wheel for each machine and one of pure Python; without names all of them. Each is
-checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in other
-folders and compares the bytes.
+The kinds are sdist, and from it x86_64 and aarch64 (manylinux wheels) and pure (pure Python); without names all of them.
+Each is checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in
+other folders and compares the bytes. `--trial` is for checks before a commit, and where there is no nvcc: of tracked
+files that were changed it takes the changed ones, and without nvcc it builds the wheel for x86_64 without CUDA.
 """
 
 from __future__ import annotations
@@ -53,24 +54,33 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     return ran.stdout
 
 
+def find_nvcc() -> str | None:
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", "")]))
+
+
 def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "fastclip/__init__.py").read_text(), re.MULTILINE)[1]
 
 
-def check_commit() -> None:
+def commit(trial: bool) -> str:
+    """What a release is made of: the last commit, or for a trial what `git stash` would keep of the working tree."""
+    if trial:
+        return run("git", "stash", "create").strip() or "HEAD"
     if changed := run("git", "status", "--porcelain").strip():
         sys.exit(f"release: is made from a commit, but these files differ from the last one:\n{changed}")
     tags = [tag for tag in run("git", "tag", "--points-at", "HEAD").split() if tag.startswith("v")]
     if tags and tags != [f"v{version()}"]:
         sys.exit(f"release: the commit has the tag {tags[0]}, fastclip/__init__.py the version {version()}")
+    return "HEAD"
 
 
-def build_sdist(scratch: Path, out: Path, epoch: int) -> Path:
-    """The sdist of the last commit, packed anew without the time, the user and the order of this machine's files."""
+def build_sdist(scratch: Path, out: Path, revision: str, epoch: int) -> Path:
+    """The sdist of a commit, packed anew without the time, the user and the order of this machine's files."""
     source = scratch / "source"
     source.mkdir()
     archive = scratch / "source.tar"
-    run("git", "archive", "--output", archive, "HEAD")
+    run("git", "archive", "--output", archive, revision)
     unpack(archive, source)
     run(PYTHON, "setup.py", "--quiet", "sdist", "--dist-dir", scratch / "sdist", cwd=source)
     (made,) = (scratch / "sdist").iterdir()
@@ -98,7 +108,7 @@ def compiler(machine: str) -> list[str]:
     return ["c++"] if machine == platform.machine() else [f"{machine}-linux-gnu-g++"]
 
 
-def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
+def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path, cuda: bool) -> Path:
     folder = CUDA_FOLDER if kind == "x86_64" else scratch / kind
     unpack(sdist, folder)
     source = next(folder.iterdir())
@@ -114,7 +124,7 @@ def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
     stubs = folder / "old glibc"
     stubs.mkdir()
     flags = old_glibc.write_stubs(cxx, GLIBC, stubs)
-    environment = {"CXX": cxx[0], "USE_CUDA": "1" if kind == "x86_64" else "0"}
+    environment = {"CXX": cxx[0], "USE_CUDA": "1" if kind == "x86_64" and cuda else "0"}
     run(*command, cwd=source, LDFLAGS=" ".join(f"'{flag}'" for flag in flags), FASTCLIP_WERROR="1", **environment)
     (wheel,) = raw.iterdir()
     tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{kind}"
@@ -126,11 +136,10 @@ def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
     return Path(shutil.copy(wheel, out))
 
 
-def check(files: list[Path], scratch: Path) -> None:
+def check(files: list[Path], scratch: Path, cuda: bool) -> None:
     run(PYTHON, "-m", "twine", "check", "--strict", *files)
     for wheel in (file for file in files if file.suffix == ".whl"):
-        kind = "pure" if wheel.stem.endswith("any") else "cuda" if wheel.stem.endswith("x86_64") else "cpu"
-        # W009: the package has a folder for its backends, and no other package.
+        kind = "pure" if wheel.stem.endswith("any") else "cuda" if wheel.stem.endswith("x86_64") and cuda else "cpu"
         run(PYTHON, "-m", "check_wheel_contents", wheel)
         print(run(PYTHON, ".ci/check_wheel.py", kind, wheel), end="")
         unpacked = scratch / f"{wheel.stem} unpacked"
@@ -151,12 +160,12 @@ def cuda_folder() -> Iterator[None]:
         shutil.rmtree(CUDA_FOLDER)
 
 
-def build(kinds: list[str], out: Path, epoch: int) -> list[Path]:
+def build(kinds: list[str], out: Path, revision: str, epoch: int, cuda: bool) -> list[Path]:
     with tempfile.TemporaryDirectory(prefix="release ") as name, cuda_folder():
         scratch = Path(name)
-        sdist = build_sdist(scratch, out, epoch)
-        files = [sdist, *(build_wheel(kind, sdist, scratch, out) for kind in kinds if kind != "sdist")]
-        check(files, scratch)
+        sdist = build_sdist(scratch, out, revision, epoch)
+        files = [sdist, *(build_wheel(kind, sdist, scratch, out, cuda) for kind in kinds if kind != "sdist")]
+        check(files, scratch, cuda)
     return files
 
 
@@ -169,10 +178,14 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the files (default: dist)")
     parser.add_argument("--twice", action="store_true", help="build again in another folder: the same bytes?")
+    parser.add_argument(
+        "--trial", action="store_true", help="with changed files, and where nvcc is missing without CUDA"
+    )
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"no kind of release: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    check_commit()
+    revision = commit(options.trial)
+    cuda = not options.trial or bool(find_nvcc())
     # What zip and tar files record beside the contents: the time of the commit, and permissions without this user's.
     epoch = int(run("git", "log", "-1", "--format=%ct"))
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)
@@ -180,11 +193,11 @@ def main() -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     kinds = options.kinds or list(KINDS)
-    files = build(kinds, options.out.resolve(), epoch)
+    files = build(kinds, options.out.resolve(), revision, epoch, cuda)
     differing = []
     if options.twice:
         with tempfile.TemporaryDirectory() as again:
-            second = build(kinds, Path(again), epoch)
+            second = build(kinds, Path(again), revision, epoch, cuda)
             differing = [one.name for one, two in zip(files, second, strict=True) if digest(one) != digest(two)]
     for file in files:
         print(f"{digest(file)}  {file.name}  {file.stat().st_size:,} bytes")
