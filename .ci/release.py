@@ -1,6 +1,6 @@
 """Builds a release from the last commit: release.py [--out DIR] [--twice] [--trial] [KIND ...]
 
-The kinds are sdist, and from it x86_64 and aarch64 (manylinux wheels) and pure (pure Python); without names all of them.
+The kinds are sdist, and from it x86_64 and aarch64 (manylinux wheels) and pure (Python alone); without names all.
 Each is checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in
 other folders and compares the bytes. `--trial` is for checks before a commit, and where there is no nvcc: of tracked
 files that were changed it takes the changed ones, and without nvcc it builds the wheel for x86_64 without CUDA.
