@@ -38,6 +38,7 @@ KERNELS = {
     "norm_kernel<(NormPass)1": Bounds(256, 4, loads=35),  # magnitudes
     "norm_kernel<(NormPass)2": Bounds(256, 4, loads=20),  # extremes
     "norm_kernel<(NormPass)3": Bounds(256, 4),  # powers: log2 and exp2 take longer than loads of single elements
+    "norm_kernel<(NormPass)4": Bounds(256, 4, loads=20),  # powers in a unit, which is an extreme
     "finish_kernel": Bounds(1024, 1),
     "scale_kernel<": Bounds(256, 4, loads=20, stores=20),
     "clamp_kernel<": Bounds(256, 4, loads=20, stores=20),

@@ -2,8 +2,13 @@
 // coefficient. Meaning follows torch.nn.utils.clip_grad; numbers are float64 until the one rounding at the end.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
+
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "fastclip loses NaN, and bits, under -Ofast, -ffast-math and their parts: take them out of CXXFLAGS and CFLAGS"
+#endif
 
 #ifdef __CUDACC__
 #define FASTCLIP_HD __host__ __device__
@@ -71,10 +76,38 @@ FASTCLIP_HD inline double root(NormKind kind, double partial, double norm_type) 
   return norm_type != norm_type ? norm_type : std::pow(partial, 1.0 / norm_type);
 }
 
+// Where powers leave float64 they are summed in a unit: norm = unit * (sum (|x| / unit)^p)^(1/p). Norms of parts
+// combine as elements do, so the partial of a chunk is then its norm.
+
+// Whether powers that were lost below float64 do not matter in a sum, and none was lost above it.
+FASTCLIP_HD inline bool is_well_in_float64(double sum) { return sum >= 0x1p-900 && sum < INFINITY; }
+
+// Whether all sums of up to 2^48 powers are so, but for powers of 0, inf and NaN: for engines that cannot look.
+FASTCLIP_HD inline bool powers_stay_in_float64(Dtype dtype, double p) {
+  // The largest |log2 x|: that of the smallest subnormal.
+  const double reach = dtype == Dtype::kFloat64    ? 1074
+                       : dtype == Dtype::kFloat32  ? 149
+                       : dtype == Dtype::kBFloat16 ? 133
+                                                   : 24;
+  return !(std::fabs(p) * reach > 900);
+}
+
+// Which magnitude is the unit: the largest, for p < 0 the smallest, so that no power is above 1 and one is 1.
+FASTCLIP_HD inline NormKind unit_kind(double p) { return p > 0 ? NormKind::kMax : NormKind::kMin; }
+
+// The unit from that magnitude. Powers of 0, inf and NaN say by themselves what the norm is.
+FASTCLIP_HD inline double power_unit(double extreme) { return extreme > 0 && extreme < INFINITY ? extreme : 1.0; }
+
+// The norm from the sum of powers in a unit.
+FASTCLIP_HD inline double root_in(double unit, double sum, double p) { return unit * root(NormKind::kPow, sum, p); }
+
 // min(max_norm / (total_norm + 1e-6), 1) in the order in which torch rounds it: reciprocal, then product.
 FASTCLIP_HD inline double clip_coef(double total_norm, double max_norm) {
   double coef = 1.0 / (total_norm + 1e-6) * max_norm;
   return coef > 1.0 ? 1.0 : coef;  // a NaN stays
 }
+
+// Whether float32 holds a coefficient with fewer bits than its other numbers, or as 0: products are taken in float64.
+FASTCLIP_HD inline bool is_below_float32(double coef) { return coef != 0 && std::fabs(coef) < FLT_MIN; }
 
 }  // namespace fastclip

@@ -92,6 +92,13 @@ TensorViews nonempty(const std::vector<TensorView>& tensors) {
   return out;
 }
 
+bool powers_may_leave_float64(const TensorViews& tensors, double norm_type) {
+  return norm_kind(norm_type) == NormKind::kPow &&
+         std::any_of(tensors.begin(), tensors.end(), [norm_type](const TensorView* tensor) {
+           return !powers_stay_in_float64(tensor->dtype, norm_type);
+         });
+}
+
 std::vector<TensorViews> write_rounds(const TensorViews& tensors) {
   struct Place {
     Span span;

@@ -59,6 +59,8 @@ using TensorViews = std::vector<const TensorView*>;
 
 // The tensors that have elements.
 TensorViews nonempty(const std::vector<TensorView>& tensors);
+// Whether powers of this order, of some tensor, may leave float64 (clip.h).
+bool powers_may_leave_float64(const TensorViews& tensors, double norm_type);
 // The tensors in rounds of which each can be written at once: torch writes a tensor that is listed twice, or that
 // overlaps another, twice, in the order of the list.
 std::vector<TensorViews> write_rounds(const TensorViews& tensors);

@@ -37,14 +37,21 @@ def combine(partials: Tensor, norm_type: float) -> Tensor:
     return partials.sum(0)
 
 
+@torch.no_grad()
 def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
-    """``(sum n^p)^(1/p)`` along the first dimension, as multiples of the norm that counts most: all others are less."""
+    """``(sum n^p)^(1/p)`` along the first dimension, for an order that :func:`is_power`.
+
+    Powers are summed in units of the largest norm, for p < 0 of the smallest, so that they cannot leave float64.
+    """
     if math.isnan(norm_type):
         return torch.full_like(norms[0], math.nan)
-    most = norms.amax(0) if norm_type > 0 else norms.amin(0)
-    total = most * (norms / most).pow(norm_type).sum(0).pow(1 / norm_type)
-    # Where the most is 0 or infinite it is the result; NaN stays.
-    return torch.where((most == 0) | most.isinf(), most, total)
+    unit = power_unit(norms.amax(0) if norm_type > 0 else norms.amin(0))
+    return torch.linalg.vector_norm(norms / unit, norm_type, dim=0) * unit
+
+
+def power_unit(extreme: Tensor) -> Tensor:
+    """The unit in which powers are summed. Powers of 0, inf and NaN say by themselves what the norm is."""
+    return torch.where((extreme > 0) & (extreme < math.inf), extreme, 1.0)
 
 
 def root(partial: Tensor, norm_type: float) -> Tensor:

@@ -19,6 +19,7 @@ import fastclip
 import reference
 from cases import CASES, parameters, random
 from fastclip.backends import triton_
+from test_norms import check_high_orders
 from test_ops import gradients, step
 
 
@@ -116,6 +117,41 @@ def rounding() -> int:
             assert norm.item() == float(np.float64(wide)) or norm == torch.tensor(wide, dtype=torch.float64).to(
                 norm.dtype
             )
+        done += 1
+    return done
+
+
+def high_orders() -> int:
+    """Powers that leave float64: the norm alone, and the one of the fused clip."""
+    prepare()
+    check_high_orders(dense(triton_.total_norm))
+    clip = torch.ops.fastclip_triton.clip_grad_norm_
+    check_high_orders(
+        dense(lambda tensors, p: clip([t.clone() for t in tensors], 1.0, p, dtype=torch.float64)), (torch.float32,)
+    )
+    for norm_type in reference.NORM_TYPES:
+        expected = reference.total_norm([torch.arange(9.0), torch.ones(3).half()], norm_type)
+        norm = triton_.total_norm([torch.arange(9.0), torch.ones(3).half()], norm_type)
+        reference.assert_norm(norm, expected, torch.float64)
+    return len(reference.NORM_TYPES)
+
+
+def dense(total_norm):
+    return lambda tensors, norm_type: total_norm([t.contiguous() for t in tensors], norm_type)
+
+
+def coefficients() -> int:
+    """Those that float32 has no normal number for: products in float64, rounded once."""
+    prepare()
+    done, generator = 0, torch.Generator().manual_seed(7)
+    for coef, dtype in itertools.product((1e-40, -1e-44, 1e-300, 2.0**-126, 0.0), reference.FLOATS):
+        grads = [random(generator, dtype, n, offset=k) for n, k in ((1, 0), (5, 1), (9_000, 3), (4_096, 0))]
+        grads = [g.mul_(min(1e37, torch.finfo(dtype).max / 8)) for g in grads]
+        grads.append(torch.tensor([math.inf, math.nan, -0.0], dtype=dtype))
+        twins = [g.clone() for g in grads]
+        torch.ops.fastclip_triton.scale_(grads, torch.tensor(coef, dtype=torch.float64))
+        reference.scale_rounded_(twins, coef)
+        reference.assert_bits(grads, twins)
         done += 1
     return done
 

@@ -77,8 +77,10 @@ def total_norm(tensors, norm_type: float | str = 2.0) -> float:
         return float(flat.max())  # numpy's max and min keep NaN
     if norm_type == -math.inf:
         return float(flat.min())
+    extreme = flat.max() if norm_type > 0 else flat.min()
+    unit = extreme if 0 < extreme < math.inf else 1.0  # in which no power leaves float64
     with np.errstate(all="ignore"):
-        return float(np.sum(flat**norm_type) ** (1 / np.float64(norm_type)))
+        return float(unit * np.sum((flat / unit) ** norm_type) ** (1 / np.float64(norm_type)))
 
 
 def clip_coef(norm: float, max_norm: float) -> float:
@@ -121,9 +123,13 @@ def clip_by_norm(tensors, coef: float) -> list[torch.Tensor]:
 
 
 def scale_rounded_(tensors, coef: float) -> None:
-    """Multiply in place as the bits are defined: opmath(g) * opmath(coef), rounded once to the gradient's dtype."""
+    """Multiply in place as the bits are defined: opmath(g) * opmath(coef), rounded once to the gradient's dtype.
+
+    Opmath is float32, or float64 for float64 and where float32 has no normal number for the coefficient.
+    """
+    below = 0 < abs(coef) < torch.finfo(torch.float32).tiny
     for t in tensors:
-        opmath = torch.float64 if t.dtype == torch.float64 else torch.float32
+        opmath = torch.float64 if below or t.dtype == torch.float64 else torch.float32
         t.copy_(t.to(opmath) * torch.tensor(coef, dtype=torch.float64).to(opmath))
 
 

@@ -10,6 +10,7 @@ import torch
 import fastclip
 import reference
 from cases import CHUNK, grid, parameters, place, random
+from fastclip.backends import eager
 from test_norms import forced, promoted
 
 MAX_NORMS = (0.5, 1e-3, 1e6, 0.0, -1.0, math.inf, -math.inf, math.nan)
@@ -203,3 +204,38 @@ def test_weights_are_not_touched(backend):
     fastclip.clip_grad_norm_(made, 0.1)
     fastclip.clip_grad_value_(made, 0.01)
     assert all(bool((p == 2).all()) and p._version == made[0]._version for p in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("max_norm", [1e-6, -1e-6, 1e-1, 3e-7, 2e-30])
+def test_coefficients_below_float32(backend, dtype, max_norm):
+    """Rounded to float32 before the product, those of 1e-45 and more lose bits, and smaller ones are 0."""
+    scale = 1e150 if dtype == torch.float64 else 1e37
+    generator = torch.Generator().manual_seed(4)
+    numbers = scale * torch.randn(CHUNK + 7, dtype=torch.float64, generator=generator)
+    strided = torch.zeros(9, 2, dtype=dtype)[:, 1]
+    grads = [numbers.to(dtype), place(numbers[:31].to(dtype), 1), strided.copy_(numbers[:9]), torch.ones(3).half()]
+    expected = [g.clone() for g in grads]
+    norm = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_dtype=torch.float64)
+    coef = reference.clip_coef(norm.item(), max_norm)
+    assert 0 < abs(coef) < torch.finfo(torch.float32).tiny
+    reference.scale_rounded_(expected, coef)
+    reference.assert_bits(grads, expected)
+
+
+@pytest.mark.parametrize("coef", [0.37, -1.7, 0.0, 1e-40, -1e-300, 2.0**-126, math.inf, math.nan, 3e38, 1e39])
+def test_eager_without_a_look_at_the_coefficient(monkeypatch, coef):
+    """What eager does where it must not wait, on devices and in traces: the same bits."""
+    factor = torch.tensor(coef, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(6)
+    for known in (True, False):
+        grads = [random(generator, dtype, *shape) for dtype in reference.FLOATS for shape in ((), (0,), (7,), (3, 5))]
+        grads += [(g * (torch.finfo(g.dtype).max / 8)).clone() for g in grads]
+        expected = [g.clone() for g in grads]
+        monkeypatch.setattr(eager, "_is_ordinary", lambda coef, known=known: known and eager_looks(coef))
+        eager.scale_(grads, factor)
+        reference.scale_rounded_(expected, coef)
+        reference.assert_bits(grads, expected)
+
+
+eager_looks = eager._is_ordinary

@@ -15,6 +15,7 @@ import on_cpu
 import reference
 from cases import CASES, CHUNK, grid, parameters, place, poison, random
 from fastclip import _ops
+from test_norms import check_high_orders
 from test_ops import arguments, gradients, step
 
 pytestmark = pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_cpu.unavailable()))
@@ -181,6 +182,31 @@ def test_every_barrier_is_needed():
         assert noticed, f"nothing differs without {barrier}"
 
 
+def test_high_orders(ops):
+    check_high_orders(lambda tensors, p: ops.clip_grad_norm_([t.clone() for t in tensors], 1.0, p, dtype=torch.float64))
+    check_any_grid(lambda: ops.clip_grad_norm_(of_many_chunks(torch.float64), 1.0, 30.0, dtype=torch.float64))
+
+
+def check_any_grid(norm) -> None:
+    norms = []
+    for multiprocessors, blocks in ((1, 1), (4, 8)):
+        with on_cpu.use(multiprocessors, blocks):
+            norms.append(norm())
+    assert torch.equal(*norms)
+
+
+@pytest.mark.parametrize("coef", [1e-40, -1e-44, 1e-300, 2.0**-126, 2.0**-126 * (1 - 2.0**-40)])
+def test_coefficients_below_float32(ops, coef):
+    """Products are taken in float64, and rounded once, where float32 has no normal number for the coefficient."""
+    for dtype in reference.FLOATS:
+        grads = [g * min(1e37, torch.finfo(dtype).max / 8) for g in of_many_chunks(dtype)]
+        grads.append(torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0], dtype=dtype))
+        expected = twins(grads)
+        ops.scale_(grads, torch.tensor(coef, dtype=torch.float64))
+        reference.scale_rounded_(expected, coef)
+        reference.assert_bits(grads, expected)
+
+
 # Tables and launches
 
 
@@ -289,6 +315,30 @@ def test_failing_calls_of_the_runtime(multiprocessors, fence):
     # Each of three launches, and before two of them two questions to the device.
     assert calls == (7 if multiprocessors else 2)
     assert before.unchanged() == (multiprocessors == 0)
+
+
+def test_an_error_says_when_gradients_may_be_partly_written(fence):
+    """A launch that fails after others of the same write."""
+    for grads, kernel in (
+        (tiny(LONG + 1), "scale_kernel"),
+        ([torch.randn(5), torch.randn(5)[::2]], "scale_kernel"),
+        ([grad := torch.randn(5), grad], "scale_kernel"),
+    ):
+        errors = []
+        for calls in itertools.count():
+            before = fence(grads)
+            try:
+                with on_cpu.failing(calls):
+                    fastclip.clip_grads_with_norm_(parameters(grads), 0.5, torch.tensor(1.0, dtype=torch.float64))
+            except RuntimeError as error:
+                errors.append(str(error))
+                assert ("partly written" in errors[-1]) == (not before.unchanged())
+            else:
+                break
+        assert errors[-1] == (
+            f"fastclip: {kernel}: unspecified launch failure; 1 launches before it write, so gradients may be partly "
+            "written"
+        )
 
 
 def test_what_is_refused(ops, fence):

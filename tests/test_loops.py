@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import on_cpu
 import reference
 import subproc
 from cases import poison
@@ -97,6 +99,39 @@ def results(isa: str, threads: int) -> dict:
     return child.value
 
 
+def run_flushed(threads: int) -> list:
+    """In the child: everything on numbers of which many are subnormal, with the caller's threads flushing and not."""
+    import fastclip
+
+    assert fastclip._ops.cpu_isa()
+    torch.set_num_threads(threads)
+    ops, out = torch.ops.fastclip, []
+    generator = torch.Generator().manual_seed(5)
+    numbers = torch.randn(6 * CHUNK + 5, dtype=torch.float64, generator=generator)
+    made = {dtype: (numbers * 4 * torch.finfo(dtype).tiny).to(dtype) for dtype in reference.FLOATS}
+    for flush in (False, True):
+        run = []
+        for tensor in made.values():
+            strided = torch.stack([tensor, tensor], 1)[:, 0]
+            for view in (tensor, strided, tensor[:39]):
+                grads = [torch.empty_strided(view.shape, view.stride(), dtype=view.dtype).copy_(view)]
+                tiny = torch.finfo(tensor.dtype).tiny
+                coef = torch.tensor(tiny / 2).to(torch.float16)  # not 0 of float16 alone
+                assert torch.set_flush_denormal(flush)
+                run += [ops.norm_partial(grads, p) for p in reference.NORM_TYPES]
+                run += [ops.clip_grad_norm_(grads, tiny, p) for p in (math.inf, 2.0)]
+                ops.scale_(grads, torch.tensor(0.7, dtype=torch.float64))
+                ops.clamp_(grads, -tiny / 2, tiny / 3)
+                run += [grads[0].clone()]
+                ops.scale_(grads, coef)
+                # The flag is the caller's again, on this thread and on those that torch's own passes use.
+                assert (torch.full((39,), 1e-40) * 1.0).count_nonzero() == (0 if flush else 39)
+                torch.set_flush_denormal(False)
+                run += grads
+        out.append(run)
+    return out
+
+
 def active_isa() -> str:
     """In a child: the loops in use."""
     import fastclip
@@ -168,3 +203,32 @@ def test_best_isa_is_the_default():
     """Without the variable, and with an empty one, the widest loops that the machine can run."""
     child = subproc.call("test_loops:active_isa", env={"FASTCLIP_CPU_ISA": ""})
     assert child.value == [isa for isa, there in isas().items() if there][-1], child
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="torch flushes on x86 alone")
+@pytest.mark.parametrize(("isa", "threads"), RUNS)
+def test_flushing_subnormals_changes_no_bit(isa, threads):
+    """torch.set_flush_denormal is a mode of each thread, of which float16 would lose all below 2^-14."""
+    child = subproc.call("test_loops:run_flushed", threads, env={"FASTCLIP_CPU_ISA": isa})
+    assert not child.error, child.error + child.stderr
+    plain, flushed = child.value
+    reference.assert_bits(flushed, plain)
+    assert sum(bool(t.count_nonzero()) for t in plain) > len(plain) / 2
+    reference.assert_bits(plain, flushed_results())
+
+
+@functools.cache
+def flushed_results() -> list:
+    return subproc.call("test_loops:run_flushed", 1, env={"FASTCLIP_CPU_ISA": "scalar"}).value[0]
+
+
+@pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_cpu.unavailable()))
+@pytest.mark.parametrize("flag", ["-O3", "-Ofast", "-ffast-math", "-ffinite-math-only"])
+def test_fast_math_is_refused(flag):
+    """Under it a comparison with NaN is what the compiler likes."""
+    header = str(on_cpu.ROOT / "csrc" / "clip.h")
+    command = [*on_cpu.compiler(), "-std=c++17", flag, "-fsyntax-only", "-x", "c++", header]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (flag == "-O3"), result.stderr
+    assert ("take them out of CXXFLAGS" in result.stderr) == (flag != "-O3")

@@ -10,6 +10,8 @@ import torch
 import fastclip
 import reference
 from cases import CHUNK, grid, place, random
+from fastclip import arithmetic
+from fastclip.backends import eager
 
 LIST_DTYPE = {  # what torch returns for each set of dtypes; test_parity asks torch itself
     frozenset({torch.bfloat16, torch.float16}): torch.float32,
@@ -148,3 +150,99 @@ def test_repeatable(backend):
     tensors = [random(generator, torch.float32, 3 * CHUNK + 5), random(generator, torch.bfloat16, CHUNK + 1)]
     first = fastclip.get_total_norm(tensors, norm_dtype=torch.float64).item()
     assert all(fastclip.get_total_norm(tensors, norm_dtype=torch.float64).item() == first for _ in range(5))
+
+
+HIGH_ORDERS = (10.0, 40.0, 100.0, 1e3, 1e6, -10.0, -100.0, -1e3, 3.0, -1.0, 0.95, 0.5)
+
+
+def of_high_orders(dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    """Return lists whose powers are beyond float64 in one way each."""
+    info, generator = torch.finfo(dtype), torch.Generator().manual_seed(8)
+    wide = random(generator, dtype, 300)
+    return {
+        "all equal": [torch.full((1000,), 2000.0, dtype=dtype)],
+        "around 1": [wide, random(generator, dtype, 2 * CHUNK + 5), wide.repeat(2, 1).t()],
+        "largest and smallest": [torch.full((5,), info.max / 2, dtype=dtype), torch.full((7,), info.tiny, dtype=dtype)],
+        "subnormal": [torch.full((5,), info.smallest_normal * info.eps, dtype=dtype)],
+        "far apart": [torch.full((3,), 1e-5, dtype=dtype), torch.linspace(1e3, 1e4, CHUNK + 1).to(dtype)],
+        "zeros": [torch.zeros(5, dtype=dtype)],
+        "a zero": [torch.full((5,), 2.0, dtype=dtype), torch.tensor([3.0, -0.0], dtype=dtype)],
+        "inf": [torch.full((5,), 2000.0, dtype=dtype), torch.tensor([1.0, -math.inf], dtype=dtype)],
+        "all inf": [torch.full((5,), -math.inf, dtype=dtype)],
+        "nan": [torch.full((5,), 2000.0, dtype=dtype), torch.tensor([math.nan, 0.0, math.inf], dtype=dtype)],
+        "empty": [torch.empty(0, dtype=dtype), torch.tensor([3000.0, -4000.0], dtype=dtype), torch.empty(0)],
+        "nothing": [torch.empty(0, dtype=dtype)],
+    }
+
+
+def check_high_orders(total_norm, dtypes=reference.FLOATS) -> None:
+    """Check the norm of an engine: powers summed in a unit, so that they neither overflow nor vanish."""
+    for dtype in dtypes:
+        for name, tensors in of_high_orders(dtype).items():
+            for norm_type in HIGH_ORDERS:
+                expected = reference.total_norm(tensors, norm_type)
+                with reference.during(dtype, name, norm_type):
+                    reference.assert_norm(total_norm(tensors, norm_type), expected, torch.float64)
+
+
+def test_high_orders(cpu):
+    ops = torch.ops.fastclip
+    check_high_orders(lambda tensors, p: ops.clip_grad_norm_([t.clone() for t in tensors], 1.0, p, dtype=torch.float64))
+    grads = [torch.full((3,), 2000.0), torch.full((2,), 1000.0)]
+    norm = ops.clip_grad_norm_(grads, 1.0, 100.0)
+    assert norm.item() == pytest.approx(2000 * 3**0.01, rel=1e-6)
+    assert grads[0].tolist() == pytest.approx([1 / 3**0.01] * 3, rel=1e-6)
+
+
+def test_high_orders_eager():
+    check_high_orders(eager.total_norm)
+    numbers = [torch.tensor([1e30 + 1e30j, 2e30]), torch.tensor([3e200 - 4e200j], dtype=torch.complex128)]
+    for norm_type in HIGH_ORDERS:
+        expected = reference.total_norm(numbers, norm_type)
+        reference.assert_norm(eager.total_norm(numbers, norm_type), expected, torch.float64)
+    for norm_type in reference.NORM_TYPES:
+        tensors = [torch.randn(5), torch.randn(2, 3).double()]
+        expected = reference.total_norm(tensors, norm_type)
+        reference.assert_norm(eager.total_norm(tensors, norm_type), expected, torch.float64)
+    assert eager.total_norm([torch.ones(2)], math.nan).isnan()
+
+
+@pytest.mark.parametrize("norm_type", [3.0, 100.0, 0.5, 1e-2, -1.0, -100.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[3.0, 4.0], [1e-3], [2e3, 1.0]],
+        [[1e300, 2e300], [1e-300]],
+        [[0.0], [0.0, -0.0]],
+        [[0.0], [2.0]],
+        [[math.inf], [2.0]],
+        [[math.inf], [math.inf]],
+        [[math.nan], [0.0], [math.inf]],
+    ],
+)
+def test_norms_of_parts_combine(values, norm_type):
+    """From the norms of parts to that of the whole, on the device; without elements a part has 0, or inf for p < 0."""
+    parts = [torch.tensor(v, dtype=torch.float64) for v in values]
+    norms = [eager.total_norm([part], norm_type) for part in parts]
+    norms.append(torch.tensor(0.0 if norm_type > 0 else math.inf, dtype=torch.float64))
+    combined = arithmetic.combine_norms(torch.stack(norms), norm_type)
+    expected = reference.total_norm(parts, norm_type)
+    assert combined.dtype == torch.float64
+    assert combined.item() == pytest.approx(expected, rel=1e-12, abs=0, nan_ok=True)
+    assert arithmetic.combine_norms(torch.stack(norms), math.nan).isnan()
+
+
+def test_high_orders_have_the_same_bits(cpu):
+    """For every number of threads."""
+    tensors = [t for dtype in reference.FLOATS for t in of_high_orders(dtype)["around 1"]]
+    before, norms = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norms[threads] = [
+                torch.ops.fastclip.clip_grad_norm_([t.clone() for t in tensors], 1.0, p, dtype=torch.float64).item()
+                for p in HIGH_ORDERS
+            ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(norm == norms[1] for norm in norms.values()), norms

@@ -44,6 +44,16 @@ def test_values(dtype):
 
 
 @needs_triton
+def test_high_orders():
+    assert interpret("high_orders") == 9
+
+
+@needs_triton
+def test_coefficients_below_float32():
+    assert interpret("coefficients") == 20
+
+
+@needs_triton
 def test_any_grid_gives_the_same_bits():
     assert interpret("grids") == 12
 

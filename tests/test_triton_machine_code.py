@@ -43,15 +43,18 @@ class Variant(NamedTuple):
     loads: int
     stores: int = 0
     kind: int | None = None
+    norms: bool = False
 
 
 VARIANTS = [
     *(Variant("norm_partial_kernel", dtype, 5, kind=SQUARES) for dtype in DTYPES),
     *(Variant("norm_partial_kernel", "float32", 5, kind=kind) for kind in (ABS, MAX, MIN, COUNT)),
     Variant("norm_partial_kernel", "bfloat16", 1, kind=POW),
+    Variant("norm_partial_kernel", "float64", 1, kind=POW, norms=True),
     Variant("norm_finalize_kernel", "bfloat16", 0, kind=SQUARES),
     Variant("norm_finalize_kernel", "float32", 0, kind=MIN),
     Variant("norm_finalize_kernel", "float32", 0, kind=POW),
+    Variant("norm_finalize_kernel", "float32", 0, kind=POW, norms=True),
     *(Variant("scale_kernel", dtype, 5, 5) for dtype in DTYPES),
     *(Variant("clamp_kernel", dtype, 5, 5) for dtype in DTYPES),
 ]
@@ -76,7 +79,10 @@ def compile_variant(variant: Variant, target: GPUTarget):
         "DTYPE": getattr(tl, variant.dtype),
         "KIND": variant.kind,
         "CHUNK": triton_.CHUNK,
-        "FUSED": True,
+        "NORMS": variant.norms,
+        "IN_UNIT": variant.norms,
+        "ROOT": True,
+        "CLIP": True,
         "BLOCK": lanes * 16 // DTYPES[variant.dtype],
     }
     if variant.kernel == "norm_finalize_kernel":

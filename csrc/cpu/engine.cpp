@@ -2,6 +2,7 @@
 #include "../engine.h"
 
 #include "../entry.h"
+#include "float_mode.h"
 #include "half.h"
 #include "loops.h"
 #include "passes.h"
@@ -43,13 +44,24 @@ void store(Number number, double value) {
 constexpr Engine kEngine = {
     "CPU",
     [](const Tensors& tensors, double norm_type, Number partial) {
+      const DefaultFloatMode mode;
       store(partial, norm_partial(tensors.views, norm_type));
     },
-    [](const Tensors& tensors, double norm_type, Number norm) { store(norm, total_norm(tensors.views, norm_type)); },
-    [](const Tensors& tensors, Number coef) { scale(tensors.views, load(coef)); },
-    [](const Tensors& tensors, double max_norm, Number norm) { scale(tensors.views, clip_coef(load(norm), max_norm)); },
+    [](const Tensors& tensors, double norm_type, Number norm) {
+      const DefaultFloatMode mode;
+      store(norm, total_norm(tensors.views, norm_type));
+    },
+    [](const Tensors& tensors, Number coef) {
+      const DefaultFloatMode mode;
+      scale(tensors.views, load(coef));
+    },
+    [](const Tensors& tensors, double max_norm, Number norm) {
+      const DefaultFloatMode mode;
+      scale(tensors.views, clip_coef(load(norm), max_norm));
+    },
     [](const Tensors& tensors, double low, double high) { clamp(tensors.views, low, high); },
     [](const Tensors& tensors, const Clip& clip, Number norm) {
+      const DefaultFloatMode mode;
       const double wide = total_norm(tensors.views, clip.norm_type);
       scale(tensors.views, clip_coef(wide, clip.max_norm));
       store(norm, wide);

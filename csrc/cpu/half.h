@@ -31,9 +31,10 @@ static inline float to_float(float16 x) {
     const uint32_t quiet = magnitude > 0x7c00 ? 0x400000u : 0u;
     return bit_cast<float>(sign | 0x7f800000u | quiet | (magnitude & 0x3ffu) << 13);
   }
-  // The exponent moves by 112; the product also normalises subnormals, exactly.
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return bit_cast<float>(sign | bit_cast<uint32_t>(scaled));
+  // The exponent moves by 112; a subnormal is a multiple of 2^-24.
+  const uint32_t wide = magnitude < 0x400 ? bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-24f)
+                                          : (magnitude << 13) + 0x38000000u;
+  return bit_cast<float>(sign | wide);
 }
 
 // Rounds to nearest even. NaN becomes the quiet NaN that torch writes.

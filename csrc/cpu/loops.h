@@ -11,7 +11,7 @@ struct Loops {
   const char* isa;
   // Partial of n elements: sum |x|^2, sum |x|, max |x|, min |x|, or 1 if any is non-zero. kPow is norm_pow below.
   double (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
-  // x *= coef, with coef rounded to the opmath type of the dtype.
+  // x *= coef, with coef rounded to the opmath type of the dtype. Coefficients below float32 are for scale_wide below.
   void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
   // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.
   bool (*clamp[kNumDtypes])(void* x, int64_t n, double lo, double hi);
@@ -23,8 +23,11 @@ extern const Loops kLoopsAvx2;
 extern const Loops kLoopsAvx512;
 #endif
 
-// sum |x|^p for the p that have no loop of their own; the same code on every ISA.
-double norm_pow(Dtype dtype, const void* x, int64_t n, double norm_type);
+// What is rare, with the same code on every ISA.
+// sum (|x| / unit)^p for the p that have no loop of their own.
+double norm_pow(Dtype dtype, const void* x, int64_t n, double norm_type, double unit);
+// x *= coef in float64, then rounded as torch rounds float64: to 16 bits by way of float32.
+void scale_wide(Dtype dtype, void* x, int64_t n, double coef);
 
 // The table of the best ISA that this machine has, or of FASTCLIP_CPU_ISA; chosen once.
 // Throws std::runtime_error when that names an ISA which is unknown or missing here.

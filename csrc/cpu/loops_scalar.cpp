@@ -7,27 +7,42 @@ namespace fastclip::cpu {
 const Loops kLoopsScalar = make_loops<Scalar>("scalar");
 
 namespace {
-template <class T>
-double sum_powers(const void* data, int64_t n, double norm_type) {
-  const T* x = static_cast<const T*>(data);
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) sum += std::pow(std::fabs(to_double(x[i])), norm_type);
-  return sum;
-}
-}  // namespace
 
-double norm_pow(Dtype dtype, const void* x, int64_t n, double norm_type) {
+// Calls f(x) with x as a pointer to elements of its dtype.
+template <class F>
+auto with_elements(Dtype dtype, void* x, const F& f) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return sum_powers<float>(x, n, norm_type);
+      return f(static_cast<float*>(x));
     case Dtype::kFloat64:
-      return sum_powers<double>(x, n, norm_type);
+      return f(static_cast<double*>(x));
     case Dtype::kBFloat16:
-      return sum_powers<bfloat16>(x, n, norm_type);
-    case Dtype::kFloat16:
-      return sum_powers<float16>(x, n, norm_type);
+      return f(static_cast<bfloat16*>(x));
+    default:
+      return f(static_cast<float16*>(x));
   }
-  return 0.0;
+}
+
+void round_to(double x, double* out) { *out = x; }
+template <class T>
+void round_to(double x, T* out) {
+  from_float(static_cast<float>(x), out);
+}
+
+}  // namespace
+
+double norm_pow(Dtype dtype, const void* data, int64_t n, double norm_type, double unit) {
+  return with_elements(dtype, const_cast<void*>(data), [=](const auto* x) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) sum += std::pow(std::fabs(to_double(x[i])) / unit, norm_type);
+    return sum;
+  });
+}
+
+void scale_wide(Dtype dtype, void* data, int64_t n, double coef) {
+  with_elements(dtype, data, [=](auto* x) {
+    for (int64_t i = 0; i < n; ++i) round_to(to_double(x[i]) * coef, x + i);
+  });
 }
 
 }  // namespace fastclip::cpu

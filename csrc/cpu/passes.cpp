@@ -7,6 +7,8 @@
 #include <string>
 
 #include "../abi.h"
+#include "../op_arguments.h"
+#include "float_mode.h"
 #include "half.h"
 #include "loops.h"
 
@@ -56,15 +58,17 @@ void prefetch(const Chunk& chunk) {
 
 enum class Order { kForward, kBackward };
 
-// Calls body(index of chunk) for every chunk, on torch's threads, each of which gets neighbours of about equal cost.
+// Calls body(index of chunk) for every chunk, on torch's threads, each of which gets neighbours of about equal cost;
+// returns what torch_parallel_for returns.
 template <class Body>
-void for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
+AOTITorchError for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
   struct Context {
     const ChunkTable& table;
     Order order;
     const Body& body;
   } context{table, order, body};
   const auto run = [](int64_t cost_begin, int64_t cost_end, void* opaque) {
+    const DefaultFloatMode mode;
     const Context& c = *static_cast<const Context*>(opaque);
     const auto index_at = [&c](int64_t cost) {
       const auto& chunks = c.table.chunks;
@@ -85,10 +89,9 @@ void for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
       }
     }
   };
-  if (table.cost <= kGrain)
-    run(0, table.cost, &context);
-  else if (torch_parallel_for(0, table.cost, kGrain, run, &context) != 0)
-    throw std::runtime_error("fastclip: torch's torch_parallel_for failed");
+  if (table.cost > kGrain) return torch_parallel_for(0, table.cost, kGrain, run, &context);
+  run(0, table.cost, &context);
+  return 0;
 }
 
 template <class T>
@@ -136,15 +139,18 @@ void for_each_run(const Chunk& chunk, const Body& body) {
   }
 }
 
-// Calls body(pointer, count, dtype) on the runs of all tensors.
+// Calls body(pointer, count, dtype) on the runs of all tensors. All memory is there before the first write.
 template <class Body>
 void write(const TensorViews& tensors, Order order, const Body& body) {
-  for (const TensorViews& round : write_rounds(tensors)) {
-    const ChunkTable table(round);
-    for_each_chunk(table, order, [&](int64_t i) {
+  const std::vector<TensorViews> rounds = write_rounds(tensors);
+  const std::vector<ChunkTable> tables(rounds.begin(), rounds.end());
+  for (const ChunkTable& table : tables) {
+    const AOTITorchError error = for_each_chunk(table, order, [&](int64_t i) {
       const Dtype dtype = table.chunks[i].tensor->dtype;
       for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, dtype); });
     });
+    if (error != 0)
+      throw std::runtime_error("fastclip: torch's torch_parallel_for failed: gradients may be partly written");
   }
 }
 
@@ -166,24 +172,47 @@ double round_to(Dtype dtype, double bound) {
   return bound;
 }
 
+// The partial of every chunk, in order; with `are_norms`, which is for kPow, the norm of every chunk.
+std::vector<double> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
+  std::vector<double> partials(table.chunks.size());
+  const Loops& isa = loops();
+  const AOTITorchError error = for_each_chunk(table, Order::kForward, [&](int64_t i) {
+    const Dtype dtype = table.chunks[i].tensor->dtype;
+    const auto reduce = [&](NormKind kind, double unit) {
+      const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
+      double partial = identity(kind);
+      for_each_run(table.chunks[i], [&](const char* data, int64_t count) {
+        const double run =
+            kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type, unit) : partial_of(data, count);
+        partial = kind == NormKind::kCount ? max_nan(partial, run) : combine(kind, partial, run);
+        return false;
+      });
+      return partial;
+    };
+    const double unit = are_norms ? power_unit(reduce(unit_kind(norm_type), 1.0)) : 1.0;
+    const double partial = reduce(norm_kind(norm_type), unit);
+    partials[i] = are_norms ? root_in(unit, partial, norm_type) : partial;
+  });
+  check_torch(error, "torch_parallel_for");
+  return partials;
+}
+
+// The norm of a list, of kPow, from the norms of its chunks.
+double combine_norms(const std::vector<double>& norms, double norm_type) {
+  double extreme = identity(unit_kind(norm_type)), sum = 0.0;
+  for (const double norm : norms) extreme = combine(unit_kind(norm_type), extreme, norm);
+  const double unit = power_unit(extreme);
+  for (const double norm : norms) sum += std::pow(norm / unit, norm_type);
+  return root_in(unit, sum, norm_type);
+}
+
 }  // namespace
 
 double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
+  const DefaultFloatMode mode;
   const NormKind kind = norm_kind(norm_type);
   const ChunkTable table(nonempty(tensors));
-  std::vector<double> partials(table.chunks.size());
-  const Loops& isa = loops();
-  for_each_chunk(table, Order::kForward, [&](int64_t i) {
-    const Dtype dtype = table.chunks[i].tensor->dtype;
-    const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
-    double partial = identity(kind);
-    for_each_run(table.chunks[i], [&](const char* data, int64_t count) {
-      const double run = kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type) : partial_of(data, count);
-      partial = kind == NormKind::kCount ? max_nan(partial, run) : combine(kind, partial, run);
-      return false;
-    });
-    partials[i] = partial;
-  });
+  std::vector<double> partials = partials_of(table, norm_type, false);
   double total = identity(kind);
   for (size_t i = 0; i < partials.size(); ++i) {
     // norm_type 0 counts tensors, so the chunks of one tensor count once.
@@ -196,11 +225,17 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
 }
 
 double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
-  if (nonempty(tensors).empty()) return 0.0;
-  return root(norm_kind(norm_type), norm_partial(tensors, norm_type), norm_type);
+  const DefaultFloatMode mode;
+  const TensorViews views = nonempty(tensors);
+  if (views.empty()) return 0.0;
+  const NormKind kind = norm_kind(norm_type);
+  const double partial = norm_partial(tensors, norm_type);
+  if (kind != NormKind::kPow || is_well_in_float64(partial)) return root(kind, partial, norm_type);
+  return combine_norms(partials_of(ChunkTable(views), norm_type, true), norm_type);
 }
 
 void scale(const std::vector<TensorView>& tensors, double coef) {
+  const DefaultFloatMode mode;
   TensorViews changed = nonempty(tensors);
   const auto stays = [coef](const TensorView* tensor) {
     return tensor->dtype == Dtype::kFloat64 ? coef == 1.0 : static_cast<float>(coef) == 1.0f;
@@ -208,13 +243,18 @@ void scale(const std::vector<TensorView>& tensors, double coef) {
   changed.erase(std::remove_if(changed.begin(), changed.end(), stays), changed.end());
   const Loops& isa = loops();
   // Backwards, because what the norm read last is still in cache.
-  write(changed, Order::kBackward, [&isa, coef](char* data, int64_t count, Dtype dtype) {
-    isa.scale[static_cast<int>(dtype)](data, count, coef);
+  const bool is_wide = is_below_float32(coef);
+  write(changed, Order::kBackward, [&isa, coef, is_wide](char* data, int64_t count, Dtype dtype) {
+    if (is_wide)
+      scale_wide(dtype, data, count, coef);
+    else
+      isa.scale[static_cast<int>(dtype)](data, count, coef);
     return true;
   });
 }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
+  const DefaultFloatMode mode;
   if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
   double los[kNumDtypes], his[kNumDtypes];
   for (int d = 0; d < kNumDtypes; ++d) {

@@ -74,7 +74,7 @@ void for_each_table(const TensorViews& dense, Order order, const Launch& launch)
 }
 
 template <class OwnArguments, class AnyTable>
-void launch_norm(NormKind kind, const Arguments<OwnArguments, AnyTable>& arguments, Queue queue) {
+void launch_norm(NormKind kind, bool are_norms, const Arguments<OwnArguments, AnyTable>& arguments, Queue queue) {
   const uint32_t chunks = arguments.table.chunks;
   switch (kind) {
     case NormKind::kSquares:
@@ -83,6 +83,9 @@ void launch_norm(NormKind kind, const Arguments<OwnArguments, AnyTable>& argumen
     case NormKind::kAbs:
       return launch_persistent("norm_kernel<abs>", norm_kernel<NormPass::kAbs, AnyTable>, chunks, queue, arguments);
     case NormKind::kPow:
+      if (are_norms)
+        return launch_persistent("norm_kernel<pow norm>", norm_kernel<NormPass::kPowNorm, AnyTable>, chunks, queue,
+                                 arguments);
       return launch_persistent("norm_kernel<pow>", norm_kernel<NormPass::kPow, AnyTable>, chunks, queue, arguments);
     default:
       return launch_persistent("norm_kernel<extreme>", norm_kernel<NormPass::kExtreme, AnyTable>, chunks, queue,
@@ -90,8 +93,8 @@ void launch_norm(NormKind kind, const Arguments<OwnArguments, AnyTable>& argumen
   }
 }
 
-// Fills the partials; returns their number.
-int64_t launch_norms(const Layout& layout, double norm_type, double* partials, Queue queue) {
+// Fills the partials, which for kPow with `are_norms` are the norms of chunks; returns their number.
+int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, double* partials, Queue queue) {
   const NormKind kind = norm_kind(norm_type);
   if (kind == NormKind::kCount) {
     const size_t bytes = (layout.dense.size() + layout.strided.size()) * sizeof(double);
@@ -100,11 +103,11 @@ int64_t launch_norms(const Layout& layout, double norm_type, double* partials, Q
   double* next = partials;
   for_each_table<NormArguments>(layout.dense, Order::kForward, [&](auto& arguments) {
     arguments.own = {next, norm_type};
-    launch_norm(kind, arguments, queue);
+    launch_norm(kind, are_norms, arguments, queue);
     next += kind == NormKind::kCount ? arguments.table.tensors : arguments.table.chunks;
   });
   for (const TensorView* tensor : layout.strided) {
-    const StridedNormArguments arguments{{next, norm_type}, kind, StridedTable(*tensor)};
+    const StridedNormArguments arguments{{next, norm_type}, kind, are_norms, StridedTable(*tensor)};
     const int64_t chunks = chunks_of(arguments.table);
     launch_persistent("strided_norm_kernel", strided_norm_kernel, chunks, queue, arguments);
     next += kind == NormKind::kCount ? 1 : chunks;
@@ -112,26 +115,70 @@ int64_t launch_norms(const Layout& layout, double norm_type, double* partials, Q
   return next - partials;
 }
 
-void launch_strided_writes(const TensorViews& strided, const double* clip_coef, Bounds bounds, Queue queue) {
-  for (const TensorView* tensor : strided) {
-    const StridedWriteArguments arguments{clip_coef, bounds, StridedTable(*tensor)};
-    const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
-    launch_persistent("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
-  }
+// The norm of all tensors, and the coefficient where there is a place for it.
+void launch_total_norm(const TensorViews& tensors, double norm_type, double max_norm, double* partials, void* norm,
+                       Dtype dtype, double* clip_coef, Queue queue) {
+  const bool are_norms = powers_may_leave_float64(tensors, norm_type);
+  const int64_t slots = launch_norms(Layout(tensors), norm_type, are_norms, partials, queue);
+  const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, clip_coef, norm_kind(norm_type), dtype};
+  const auto kernel = are_norms ? finish_kernel<Finish::kCombineNorms> : finish_kernel<Finish::kRoot>;
+  launch("finish_kernel", kernel, 1, kFinishThreads, queue, arguments);
 }
 
-void launch_scale(const TensorViews& tensors, const double* clip_coef, Queue queue) {
-  for (const TensorViews& round : write_rounds(tensors)) {
-    const Layout layout(round);
-    launch_strided_writes(layout.strided, clip_coef, {}, queue);
-    // Backwards: what the norm read last is still in L2.
-    for_each_table<const double*>(layout.dense, Order::kBackward, [&](auto& arguments) {
-      using AnyTable = decltype(arguments.table);
-      arguments.own = clip_coef;
-      launch_persistent("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
-    });
+// The launches that write tensors, in rounds.
+class Writes {
+ public:
+  explicit Writes(const TensorViews& tensors) {
+    for (const TensorViews& round : write_rounds(tensors)) rounds_.emplace_back(round);
   }
-}
+
+  void scale(const double* clip_coef, Queue queue) {
+    for (const Layout& round : rounds_) {
+      write_strided(round.strided, clip_coef, {}, queue);
+      // Backwards: what the norm read last is still in L2.
+      for_each_table<const double*>(round.dense, Order::kBackward, [&](auto& arguments) {
+        using AnyTable = decltype(arguments.table);
+        arguments.own = clip_coef;
+        launch_write("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+      });
+    }
+  }
+
+  void clamp(Bounds bounds, Queue queue) {
+    for (const Layout& round : rounds_) {
+      write_strided(round.strided, nullptr, bounds, queue);
+      for_each_table<Bounds>(round.dense, Order::kForward, [&](auto& arguments) {
+        using AnyTable = decltype(arguments.table);
+        arguments.own = bounds;
+        launch_write("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+      });
+    }
+  }
+
+ private:
+  void write_strided(const TensorViews& strided, const double* clip_coef, Bounds bounds, Queue queue) {
+    for (const TensorView* tensor : strided) {
+      const StridedWriteArguments arguments{clip_coef, bounds, StridedTable(*tensor)};
+      const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
+      launch_write("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
+    }
+  }
+
+  template <class... Given>
+  void launch_write(const Given&... given) {
+    try {
+      launch_persistent(given...);
+    } catch (const std::runtime_error& error) {
+      if (queued_ == 0) throw;
+      throw std::runtime_error(error.what() + std::string("; ") + std::to_string(queued_) +
+                               " launches before it write, so gradients may be partly written");
+    }
+    ++queued_;
+  }
+
+  std::vector<Layout> rounds_;
+  int64_t queued_ = 0;
+};
 
 }  // namespace
 
@@ -144,66 +191,54 @@ int64_t scratch_size(const std::vector<TensorView>& tensors) {
 void norm_partial(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* result,
                   Queue queue) {
   double* const partials = scratch + 1;
-  const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, partials, queue);
+  const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, false, partials, queue);
   const FinishArguments arguments{partials,       slots, norm_type, 0, result, nullptr, norm_kind(norm_type),
                                   Dtype::kFloat64};
-  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
+  launch("finish_kernel", finish_kernel<Finish::kPartial>, 1, kFinishThreads, queue, arguments);
+}
+
+void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
+                Queue queue) {
+  launch_total_norm(nonempty(tensors), norm_type, 0, scratch + 1, norm, dtype, nullptr, queue);
 }
 
 void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue) {
+  Writes writes(nonempty(tensors));
   const double* clip_coef = static_cast<const double*>(coef.data);
   if (coef.dtype != Dtype::kFloat64) {
     clip_coef = scratch;
     launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
   }
-  launch_scale(nonempty(tensors), clip_coef, queue);
+  writes.scale(clip_coef, queue);
 }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {
-  if (lo != lo || hi != hi) {
-    launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
-           static_cast<double>(NAN));
-    return launch_scale(nonempty(tensors), scratch, queue);
-  }
-  for (const TensorViews& round : write_rounds(nonempty(tensors))) {
-    const Layout layout(round);
-    launch_strided_writes(layout.strided, nullptr, {lo, hi}, queue);
-    for_each_table<Bounds>(layout.dense, Order::kForward, [&](auto& arguments) {
-      using AnyTable = decltype(arguments.table);
-      arguments.own = {lo, hi};
-      launch_persistent("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
-    });
-  }
-}
-
-void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
-                Queue queue) {
-  double* const partials = scratch + 1;
-  const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, partials, queue);
-  const FinishArguments arguments{partials, slots, norm_type, 0, norm, scratch, norm_kind(norm_type), dtype};
-  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
+  Writes writes(nonempty(tensors));
+  if (lo == lo && hi == hi) return writes.clamp({lo, hi}, queue);
+  launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
+         static_cast<double>(NAN));
+  writes.scale(scratch, queue);
 }
 
 void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch,
                     Queue queue) {
+  Writes writes(nonempty(tensors));
   launch("norm_coef_kernel", norm_coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(norm.data), norm.dtype,
          max_norm);
-  launch_scale(nonempty(tensors), scratch, queue);
+  writes.scale(scratch, queue);
 }
 
 void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
                     void* norm, Dtype dtype, Queue queue) {
   const TensorViews views = nonempty(tensors);
-  double* const partials = scratch + 1;
-  const int64_t slots = launch_norms(Layout(views), norm_type, partials, queue);
-  const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, scratch, norm_kind(norm_type), dtype};
-  launch("finish_kernel", finish_kernel, 1, kFinishThreads, queue, arguments);
-  launch_scale(views, scratch, queue);
+  Writes writes(views);
+  launch_total_norm(views, norm_type, max_norm, scratch + 1, norm, dtype, scratch, queue);
+  writes.scale(scratch, queue);
 }
 
 const char* unsupported() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<Finish::kRoot>);
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(error);

@@ -112,6 +112,8 @@ struct Run {
     body = reinterpret_cast<Vector<E>*>(data + head * sizeof(Storage));
   }
 
+  __device__ int count() const { return head + vectors * kLanes + tail; }
+
   // Calls f(place) for the edges: one element for each of the first threads.
   template <class F>
   __device__ void for_each_edge(const F& f) const {
@@ -144,9 +146,8 @@ struct Run {
   template <class F>
   __device__ void for_each_element(const F& f) const {
     const Storage* elements = reinterpret_cast<const Storage*>(body) - head;
-    const int count = head + vectors * kLanes + tail;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kThreads) f(E::widen(elements[i]));
+    for (int i = threadIdx.x; i < count(); i += kThreads) f(E::widen(elements[i]));
   }
 };
 

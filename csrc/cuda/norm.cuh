@@ -130,9 +130,9 @@ __device__ double extreme_of(const Run<E>& run, NormKind kind) {
 }
 
 template <class E>
-__device__ double powers_of(const Run<E>& run, double p) {
+__device__ double powers_of(const Run<E>& run, double p, double unit) {
   double sum = 0;
-  run.for_each_element([&](double x) { sum += wide_term<NormKind::kPow>(x, p); });
+  run.for_each_element([&](double x) { sum += wide_term<NormKind::kPow>(x / unit, p); });
   return block_sum(sum);
 }
 
@@ -141,8 +141,8 @@ struct NormArguments {
   double p;
 };
 
-// kExtreme is max, min or count, by p: inf, -inf, 0.
-enum class NormPass { kSquares, kAbs, kExtreme, kPow };
+// kExtreme is max, min or count, by p: inf, -inf, 0. kPowNorm has the norms of chunks as partials.
+enum class NormPass { kSquares, kAbs, kExtreme, kPow, kPowNorm };
 
 template <NormPass kPass, class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -159,8 +159,11 @@ __global__ void __launch_bounds__(kThreads, 4)
         return sum_of<NormKind::kAbs>(run);
       else if constexpr (kPass == NormPass::kExtreme)
         return extreme_of(run, kind);
-      else
-        return powers_of(run, p);
+      else if constexpr (kPass == NormPass::kPow)
+        return powers_of(run, p, 1);
+      const bool in_unit = !powers_stay_in_float64(chunk.dtype, p);
+      const double unit = in_unit ? power_unit(extreme_of(run, unit_kind(p))) : 1;
+      return root_in(unit, powers_of(run, p, unit), p);
     });
     if (threadIdx.x != 0) continue;
     // Of a count, a tensor has one slot, zero before: all of its chunks that find something store the same 1.
@@ -175,35 +178,57 @@ __global__ void __launch_bounds__(kThreads, 4)
 struct StridedNormArguments {
   NormArguments own;
   NormKind kind;
+  bool are_norms;
   StridedTable table;
 };
+
+// Calls f(bits) for a thread's share of chunk i.
+template <class E, class F>
+__device__ void for_each_strided(const StridedTable& table, int64_t i, const F& f) {
+  const int64_t begin = i * kChunkSize, end = begin + kChunkSize < table.numel ? begin + kChunkSize : table.numel;
+  for (int64_t j = begin + threadIdx.x; j < end; j += kThreads)
+    f(reinterpret_cast<const typename E::Storage*>(table.data)[offset_of(table, j)]);
+}
+
+template <class E>
+__device__ double strided_sum(const StridedTable& table, int64_t i, NormKind kind, double p, double unit) {
+  double sum = 0;
+  for_each_strided<E>(table, i, [&](typename E::Storage bits) {
+    const double x = E::widen(bits);
+    if (kind == NormKind::kSquares)
+      sum += wide_term<NormKind::kSquares>(x, 0);
+    else if (kind == NormKind::kAbs)
+      sum += wide_term<NormKind::kAbs>(x, 0);
+    else
+      sum += wide_term<NormKind::kPow>(x / unit, p);
+  });
+  return block_sum(sum);
+}
+
+template <class E>
+__device__ double strided_extreme(const StridedTable& table, int64_t i, NormKind kind) {
+  Extremes<E> extremes;
+  for_each_strided<E>(table, i, [&](typename E::Storage bits) { extremes.add(bits); });
+  return block_extreme(kind, extremes.value(kind));
+}
 
 __global__ void __launch_bounds__(kThreads)
     strided_norm_kernel(const __grid_constant__ StridedNormArguments arguments) {
   const StridedTable& table = arguments.table;
   const NormKind kind = arguments.kind;
+  const Dtype dtype = static_cast<Dtype>(table.dtype);
+  const double p = arguments.own.p;
+  const bool sums = kind == NormKind::kSquares || kind == NormKind::kAbs || kind == NormKind::kPow;
+  const bool in_unit = arguments.are_norms && !powers_stay_in_float64(dtype, p);
   for (int64_t i = blockIdx.x; i < chunks_of(table); i += gridDim.x) {
-    const int64_t begin = i * kChunkSize, end = begin + kChunkSize < table.numel ? begin + kChunkSize : table.numel;
-    const bool sums = kind == NormKind::kSquares || kind == NormKind::kAbs || kind == NormKind::kPow;
-    double partial = with_element(static_cast<Dtype>(table.dtype), [&](auto element) {
+    const double partial = with_element(dtype, [&](auto element) {
       using E = decltype(element);
-      double sum = 0;
-      Extremes<E> extremes;
-      for (int64_t j = begin + threadIdx.x; j < end; j += kThreads) {
-        const auto bits = reinterpret_cast<const typename E::Storage*>(table.data)[offset_of(table, j)];
-        const double x = E::widen(bits);
-        if (kind == NormKind::kSquares)
-          sum += wide_term<NormKind::kSquares>(x, 0);
-        else if (kind == NormKind::kAbs)
-          sum += wide_term<NormKind::kAbs>(x, 0);
-        else if (kind == NormKind::kPow)
-          sum += wide_term<NormKind::kPow>(x, arguments.own.p);
-        else
-          extremes.add(bits);
-      }
-      return sums ? sum : extremes.value(kind);
+      double unit = 1;
+      if (in_unit) unit = power_unit(strided_extreme<E>(table, i, unit_kind(p)));
+      if (!sums) return strided_extreme<E>(table, i, kind);
+      const double sum = strided_sum<E>(table, i, kind, p, unit);
+      return arguments.are_norms ? root_in(unit, sum, p) : sum;
     });
-    partial = sums ? block_sum(partial) : block_extreme(kind, partial);
     if (threadIdx.x != 0) continue;
     if (kind != NormKind::kCount)
       arguments.own.partials[i] = partial;
@@ -217,22 +242,41 @@ struct FinishArguments {
   int64_t slots;
   double p, max_norm;
   void* norm;         // of `dtype`
-  double* clip_coef;  // null: `norm` is the combined partial, and no root is taken
+  double* clip_coef;  // null: not asked for
   NormKind kind;
   Dtype dtype;
 };
 
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ FinishArguments arguments) {
-  const NormKind kind = arguments.kind;
+// What becomes of the partials: their combination, the norm by its root, or the norm of kPow where they are norms.
+enum class Finish { kPartial, kRoot, kCombineNorms };
+
+__device__ inline double combined(NormKind kind, const double* partials, int64_t slots) {
   double x = identity(kind);
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < arguments.slots; i += kFinishThreads) x = combine(kind, x, arguments.partials[i]);
-  x = block_reduce<kFinishThreads>(x, [kind](double a, double b) { return combine(kind, a, b); });
+  for (int64_t i = threadIdx.x; i < slots; i += kFinishThreads) x = combine(kind, x, partials[i]);
+  return block_reduce<kFinishThreads>(x, [kind](double a, double b) { return combine(kind, a, b); });
+}
+
+__device__ inline double combined_norms(double p, const double* norms, int64_t slots) {
+  const double unit = power_unit(combined(unit_kind(p), norms, slots));
+  double sum = 0;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < slots; i += kFinishThreads) sum += wide_term<NormKind::kPow>(norms[i] / unit, p);
+  sum = block_reduce<kFinishThreads>(sum, [](double a, double b) { return a + b; });
+  return root_in(unit, sum, p);
+}
+
+template <Finish kFinish>
+__global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const __grid_constant__ FinishArguments arguments) {
+  double x;
+  if constexpr (kFinish == Finish::kCombineNorms)
+    x = combined_norms(arguments.p, arguments.partials, arguments.slots);
+  else
+    x = combined(arguments.kind, arguments.partials, arguments.slots);
   if (threadIdx.x != 0) return;
-  if (arguments.clip_coef != nullptr) {
-    x = arguments.slots > 0 ? root(kind, x, arguments.p) : 0;  // of nothing the norm is 0
-    *arguments.clip_coef = clip_coef(x, arguments.max_norm);
-  }
+  if (kFinish == Finish::kRoot) x = root(arguments.kind, x, arguments.p);
+  if (kFinish != Finish::kPartial && arguments.slots == 0) x = 0;  // of nothing the norm is 0
+  if (arguments.clip_coef != nullptr) *arguments.clip_coef = clip_coef(x, arguments.max_norm);
   store_scalar(arguments.norm, arguments.dtype, x);
 }
 

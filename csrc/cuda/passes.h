@@ -1,5 +1,6 @@
 // The passes over a list of tensors in the memory of one CUDA device. They are queued on a stream, wait for nothing and
-// read nothing back; `scratch` may be given back to the stream's allocator as soon as they return.
+// read nothing back; `scratch` may be given back to the stream's allocator as soon as they return. All memory of the
+// host is there before the first launch; where a launch fails after others of the same write, the error says so.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,10 @@ int64_t scratch_size(const std::vector<TensorView>& tensors);
 void norm_partial(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* result,
                   Queue queue);
 
+// *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`.
+void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
+                Queue queue);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
 void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue);
 
@@ -29,14 +34,10 @@ void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch,
 // The bounds have passed check_bound.
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue);
 
-// *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`.
-void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
-                Queue queue);
-
 // x *= clip_coef(*norm, max_norm), with the writes of scale.
 void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch, Queue queue);
 
-// *norm = the norm over all elements of all tensors, 0 where there are none, in `dtype`; then x *= clip_coef.
+// *norm = total_norm, then x *= clip_coef.
 void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
                     void* norm, Dtype dtype, Queue queue);
 

@@ -21,6 +21,17 @@ struct Scale {
   }
 };
 
+// The same for a coefficient below float32, in float64.
+template <class E>
+struct ScaleWide {
+  double clip_coef;
+
+  __device__ bool operator()(typename E::Storage& x) const {
+    x = E::narrow(static_cast<typename E::Opmath>(E::widen(x) * clip_coef));
+    return true;
+  }
+};
+
 // What clamping does to an element: a NaN stays, and only what is out of bounds changes. A bound is rounded to the
 // dtype of the tensor as torch does, when it is stored.
 struct Bounds {
@@ -33,7 +44,6 @@ struct Clamp {
 
   __device__ explicit Clamp(const Bounds& bounds)
       : low(static_cast<Opmath>(bounds.low)), high(static_cast<Opmath>(bounds.high)) {}
-  __device__ bool is_needed() const { return true; }
   __device__ bool operator()(typename E::Storage& x) const {
     const Opmath before = E::widen(x);
     Opmath after = before < low ? low : before;
@@ -58,6 +68,14 @@ __device__ void write_run(const Run<E>& run, const Change& change) {
   });
 }
 
+// One element at a time, for what is rare.
+template <class E, class Change>
+__device__ void write_elements(const Run<E>& run, const Change& change) {
+  typename E::Storage* elements = reinterpret_cast<typename E::Storage*>(run.body) - run.head;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
+}
+
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     scale_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
@@ -67,8 +85,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
     with_element(chunk.dtype, [&](auto element) {
       using E = decltype(element);
+      const Run<E> run(chunk.data, chunk.count);
       const Scale<E> scale(arguments.own);
-      if (scale.is_needed()) write_run(Run<E>(chunk.data, chunk.count), scale);
+      if (is_below_float32(*arguments.own))
+        write_elements(run, ScaleWide<E>{*arguments.own});
+      else if (scale.is_needed())
+        write_run(run, scale);
     });
   }
 }
@@ -94,7 +116,6 @@ struct StridedWriteArguments {
 
 template <class E, class Change>
 __device__ void write_strided(const StridedTable& table, const Change& change) {
-  if (!change.is_needed()) return;
   for (int64_t j = int64_t{blockIdx.x} * kThreads + threadIdx.x; j < table.numel; j += int64_t{gridDim.x} * kThreads) {
     typename E::Storage* place = reinterpret_cast<typename E::Storage*>(table.data) + offset_of(table, j);
     typename E::Storage x = *place;
@@ -106,10 +127,12 @@ __global__ void __launch_bounds__(kThreads)
     strided_write_kernel(const __grid_constant__ StridedWriteArguments arguments) {
   with_element(static_cast<Dtype>(arguments.table.dtype), [&](auto element) {
     using E = decltype(element);
-    if (arguments.clip_coef != nullptr)
-      write_strided<E>(arguments.table, Scale<E>(arguments.clip_coef));
-    else
+    if (arguments.clip_coef == nullptr)
       write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
+    else if (is_below_float32(*arguments.clip_coef))
+      write_strided<E>(arguments.table, ScaleWide<E>{*arguments.clip_coef});
+    else if (const Scale<E> scale(arguments.clip_coef); scale.is_needed())
+      write_strided<E>(arguments.table, scale);
   });
 }
 

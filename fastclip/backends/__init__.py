@@ -6,6 +6,7 @@
 - ``refuses(tensor) -> str | None``: the reason why it cannot take this tensor.
 - ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
   tensors; the norm before its root.
+- ``total_norm(tensors, norm_type) -> Tensor``: 0-dim, wide: the norm, also of an order whose powers leave float64.
 - ``scale_(tensors, clip_coef)``: ``x *= clip_coef`` with a 0-dim wide coefficient on the tensors' device.
 - ``clamp_(tensors, min, max)``.
 - ``clip_grad_norm_(grads, max_norm, norm_type, *, dtype)``, or None: all of it in one call.

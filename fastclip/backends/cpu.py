@@ -7,8 +7,21 @@ from torch import Tensor
 
 from .. import _ops
 from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .eager import total_norm
 
-__all__ = ["DEVICE", "ENGINE", "NAME", "clamp_", "clip_grad_norm_", "norm_partial", "refuses", "scale_", "unavailable"]
+__all__ = [
+    "DEVICE",
+    "ENGINE",
+    "NAME",
+    "clamp_",
+    "clip_grad_norm_",
+    "norm_partial",
+    "refuses",
+    "scale_",
+    "total_norm",
+    "unavailable",
+    "unsupported",
+]
 
 NAME = "cpu"
 DEVICE = "cpu"

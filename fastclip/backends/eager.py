@@ -8,12 +8,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..arithmetic import combine_norms, wide_dtype
+from ..arithmetic import combine_norms, is_power, power_unit, root, wide_dtype
 
 NAME = "eager"
 ENGINE = None
 clip_grad_norm_ = None
-_WIDENS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+# The dtypes that a wide accumulator takes, and the largest |log2 x| of a part of such a number that is not 0.
+_REACH = {
+    torch.float16: 24,
+    torch.bfloat16: 133,
+    torch.float32: 149,
+    torch.float64: 1074,
+    torch.complex64: 149,
+    torch.complex128: 1074,
+}
+_LEAST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def unavailable() -> str | None:
@@ -36,17 +45,34 @@ def norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 @torch.no_grad()
 def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of all tensors for an order whose powers may leave float64."""
-    norms = torch.stack([_scaled_norm(tensor, norm_type) for tensor in tensors])
-    return combine_norms(norms, norm_type)
+    """The wide norm over all elements of all tensors; 0 where there are none."""
+    if not any(t.numel() for t in tensors):
+        return torch.zeros((), dtype=wide_dtype(tensors[0].device), device=tensors[0].device)
+    if is_power(norm_type):
+        return combine_norms(torch.stack([_vector_norm(t, norm_type) for t in tensors]), norm_type)
+    return root(norm_partial(tensors, norm_type), norm_type)
+
+
+def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
+    """Whether some sum of up to 2^48 powers of numbers of a dtype may leave float64, as in csrc/clip.h."""
+    return abs(norm_type) * _REACH[dtype] > 900
 
 
 @torch.no_grad()
 def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+    wide = clip_coef.to(wide_dtype(clip_coef.device))
+    narrow = wide.to(torch.float32)
+    # Rounded to float32 where that is normal: the product with a float32 is then exact in float64, and rounds once.
+    factor = None if _is_ordinary(clip_coef) else torch.where(_is_below_float32(wide), wide, narrow.to(wide.dtype))
     for values in _dense_values(tensors):
-        # A 0-dim factor is used as it is, so float32 serves float16 and bfloat16 too.
-        wide = values.dtype in (torch.float64, torch.complex128)
-        values.mul_(clip_coef if wide else clip_coef.to(torch.float32))
+        if values.dtype in (torch.float64, torch.complex128):
+            values.mul_(wide)
+        elif factor is None or values.dtype not in _REACH:
+            # A 0-dim factor is used as it is, so float32 serves float16 and bfloat16 too.
+            values.mul_(narrow)
+        else:
+            # A factor with dimensions lifts the product to its dtype.
+            values.mul_(factor.reshape((1,) * values.dim()))
 
 
 @torch.no_grad()
@@ -59,19 +85,21 @@ def clamp_(tensors: list[Tensor], min: float, max: float) -> None:
         values.clamp_min_(min).clamp_max_(max)
 
 
-def _scaled_norm(tensor: Tensor, norm_type: float) -> Tensor:
-    """The norm of one tensor, as a multiple of the magnitude that counts most."""
-    most = _vector_norm(tensor, math.copysign(math.inf, norm_type))
+def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    if tensor.dtype not in _REACH:
+        return torch.linalg.vector_norm(tensor, norm_type)  # integers, float8: torch's own error
     if tensor.numel() == 0:
-        return most
-    values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
-    norm = (
-        torch.linalg.vector_norm(
-            values.to(most.dtype.to_complex() if values.is_complex() else most.dtype) / most, norm_type
-        )
-        * most
-    )
-    return torch.where((most == 0) | most.isinf(), most, norm)
+        # torch has no norm of nothing for p < 0 and inf; an empty tensor contributes nothing.
+        return tensor.new_full((), math.inf if norm_type < 0 else 0.0, dtype=wide_dtype(tensor.device))
+    dtype = wide = wide_dtype(tensor.device)
+    if tensor.is_complex():
+        dtype = wide.to_complex()
+    if is_power(norm_type) and (wide != torch.float64 or powers_leave_float64(tensor.dtype, norm_type)):
+        unit = power_unit(torch.linalg.vector_norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
+        return torch.linalg.vector_norm(tensor.to(dtype, copy=True).div_(unit), norm_type) * unit
+    return torch.linalg.vector_norm(tensor, norm_type, dtype=dtype)
 
 
 def check_clamp(tensors: list[Tensor], min: float, max: float) -> None:
@@ -83,16 +111,21 @@ def check_clamp(tensors: list[Tensor], min: float, max: float) -> None:
             tensor.clone().clamp_min_(min).clamp_max_(max)
 
 
-def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce().values()
-    if tensor.dtype not in _WIDENS:
-        return torch.linalg.vector_norm(tensor, norm_type)  # integers, float8: torch's own error
-    if tensor.numel() == 0:
-        # torch has no norm of nothing for p < 0 and inf; an empty tensor contributes nothing.
-        return tensor.new_full((), math.inf if norm_type == -math.inf else 0.0, dtype=wide_dtype(tensor.device))
-    wide = wide_dtype(tensor.device)
-    return torch.linalg.vector_norm(tensor, norm_type, dtype=wide.to_complex() if tensor.is_complex() else wide)
+def _is_below_float32(clip_coef: Tensor) -> Tensor:
+    return (clip_coef != 0) & (clip_coef.abs() < _LEAST_NORMAL)
+
+
+def _is_ordinary(clip_coef: Tensor) -> bool:
+    """Whether a coefficient is known not to be below float32; one on a device, or in a trace, is not looked at."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    if watched or clip_coef.device.type != "cpu" or type(clip_coef) is not Tensor:
+        return False
+    return not 0 < abs(float(clip_coef)) < _LEAST_NORMAL
 
 
 def _dense_values(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

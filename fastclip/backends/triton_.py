@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import _ops
+from ..arithmetic import is_power
+from . import eager
 
 NAME = "triton"
 ENGINE = None
@@ -229,22 +231,25 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch(kernel, plan: Plan, table: Tensor, *tensors: Tensor, only=lambda dtype: True, **constants) -> None:
+def _launch(kernel, plan: Plan, table: Tensor, *tensors: Tensor) -> None:
+    for group in plan.groups:
+        _launch_group(kernel, group, table, *tensors)
+
+
+def _launch_group(kernel, group: Group, table: Tensor, *tensors: Tensor, **constants) -> None:
     from . import triton_kernels
 
-    for group in plan.groups:
-        if only(group.dtype):
-            getattr(triton_kernels, kernel)[(_programs(table.device, group.chunks),)](
-                table[group.offset :],
-                *tensors,
-                **constants,
-                DTYPE=_element(group.dtype),
-                CHUNK=CHUNK,
-                BLOCK=LANES * 16 // group.dtype.itemsize,
-                num_warps=WARPS,
-                # A fused multiply-add would undo the exact sums.
-                enable_fp_fusion=False,
-            )
+    getattr(triton_kernels, kernel)[(_programs(table.device, group.chunks),)](
+        table[group.offset :],
+        *tensors,
+        **constants,
+        DTYPE=_element(group.dtype),
+        CHUNK=CHUNK,
+        BLOCK=LANES * 16 // group.dtype.itemsize,
+        num_warps=WARPS,
+        # A fused multiply-add would undo the exact sums.
+        enable_fp_fusion=False,
+    )
 
 
 def _element(dtype: torch.dtype):
@@ -253,21 +258,35 @@ def _element(dtype: torch.dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _launch_norm(plan: Plan, table: Tensor, norm_type: float, out: Tensor, clip_coef: Tensor | None = None) -> None:
-    """Writes the combined partial to `out`; or, with `clip_coef`, the norm to `out` and the coefficient to it."""
+def _launch_norm(
+    plan: Plan,
+    table: Tensor,
+    norm_type: float,
+    out: Tensor,
+    clip_coef: Tensor | None = None,
+    *,
+    root: bool = True,
+) -> None:
+    """Writes the norm to `out`, or without `root` the combined partial; and the coefficient to `clip_coef`."""
     from . import triton_kernels
 
     kind = norm_kind(norm_type)
     new = torch.zeros if norm_type == 0 else torch.empty
     partials = new(plan.slots, dtype=_WIDE, device=table.device)
-    _launch("norm_partial_kernel", plan, table, partials, KIND=kind)
+    power = root and is_power(norm_type)
+    in_units = [power and eager.powers_leave_float64(group.dtype, norm_type) for group in plan.groups]
+    norms = any(in_units)
+    for group, in_unit in zip(plan.groups, in_units, strict=True):
+        _launch_group("norm_partial_kernel", group, table, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
     triton_kernels.norm_finalize_kernel[(1,)](
         table,
         partials,
         out,
         out if clip_coef is None else clip_coef,
         KIND=kind,
-        FUSED=clip_coef is not None,
+        NORMS=norms,
+        ROOT=root,
+        CLIP=clip_coef is not None,
         BLOCK=_FINALIZE_BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -278,6 +297,18 @@ def _norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
     spans, device = _read(tensors), tensors[0].device
     if not spans:
         return torch.full((), math.inf if norm_type == -math.inf else 0.0, dtype=_WIDE, device=device)
+    with _on(device):
+        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        out = torch.empty((), dtype=_WIDE, device=device)
+        _launch_norm(plan, _to_device(plan.words, device), norm_type, out, root=False)
+    return out
+
+
+def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """The wide norm over all elements of all tensors; 0 where there are none."""
+    spans, device = _read(tensors), tensors[0].device
+    if not spans:
+        return torch.zeros((), dtype=_WIDE, device=device)
     with _on(device):
         plan = make_plan(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)

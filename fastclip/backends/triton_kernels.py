@@ -32,6 +32,7 @@ _VECTOR_BYTES = tl.constexpr(16)
 # What a float32 sum of squares must reach so that those below float32's range cannot matter: 65,536 errors of 2^-150
 # are 2^-44 of it.
 _LEAST_SUM_OF_SQUARES = tl.constexpr(2.0**-90)
+_LEAST_NORMAL = tl.constexpr(2.0**-126)
 _INFINITY = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
 
@@ -145,19 +146,30 @@ def _sum_body_narrow(body, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _wide_term(x, exists, p, KIND: tl.constexpr):
+def _wide_term(x, exists, p, unit, KIND: tl.constexpr):
     x = tl.abs(x.to(tl.float64))
     if KIND == 0:
         return x * x
     elif KIND == 1:
         return x
     else:
-        # |x|^p; log2(0) is -inf, as it has to be.
-        return tl.where(exists, tl.exp2(p * tl.log2(x)), 0.0)
+        # (|x| / unit)^p; log2(0) is -inf, as it has to be.
+        return tl.where(exists, tl.exp2(p * tl.log2(x / unit)), 0.0)
 
 
 @triton.jit
-def _sum_body_wide(body, count, p, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _power_unit(extreme):
+    """The unit in which powers are summed. Powers of 0, inf and NaN say by themselves what the norm is."""
+    return tl.where((extreme > 0.0) & (extreme < _INFINITY), extreme, 1.0)
+
+
+@triton.jit
+def _root_in(unit, sum, p):
+    return unit * tl.exp2(1.0 / p * tl.log2(sum))
+
+
+@triton.jit
+def _sum_body_wide(body, count, p, unit, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     sum = tl.zeros([BLOCK], tl.float64)
     unrolled = count // (4 * BLOCK) * (4 * BLOCK)
@@ -168,14 +180,14 @@ def _sum_body_wide(body, count, p, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOC
         x1 = tl.load(body + start + BLOCK + lane)
         x2 = tl.load(body + start + 2 * BLOCK + lane)
         x3 = tl.load(body + start + 3 * BLOCK + lane)
-        sum += _wide_term(_widen(x0, DTYPE), True, p, KIND)
-        sum += _wide_term(_widen(x1, DTYPE), True, p, KIND)
-        sum += _wide_term(_widen(x2, DTYPE), True, p, KIND)
-        sum += _wide_term(_widen(x3, DTYPE), True, p, KIND)
+        sum += _wide_term(_widen(x0, DTYPE), True, p, unit, KIND)
+        sum += _wide_term(_widen(x1, DTYPE), True, p, unit, KIND)
+        sum += _wide_term(_widen(x2, DTYPE), True, p, unit, KIND)
+        sum += _wide_term(_widen(x3, DTYPE), True, p, unit, KIND)
     for start in range(unrolled, count, BLOCK):
         exists = start + lane < count
         x = tl.load(body + start + lane, mask=exists, other=0)
-        sum += _wide_term(_widen(x, DTYPE), exists, p, KIND)
+        sum += _wide_term(_widen(x, DTYPE), exists, p, unit, KIND)
     return tl.sum(sum)
 
 
@@ -236,10 +248,21 @@ def _extremes(body, count, head, tail, KIND: tl.constexpr, BITS: tl.constexpr, B
 
 @triton.jit
 def norm_partial_kernel(
-    group, partials, KIND: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    group,
+    partials,
+    KIND: tl.constexpr,
+    NORMS: tl.constexpr,
+    IN_UNIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One partial for each chunk of a group: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero."""
+    """One partial for each chunk of a group: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
+
+    With NORMS, which is for POW, the norm of the chunk, whose powers are summed IN_UNIT of an extreme.
+    """
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
     chunks = tl.load(group + 1)
     p = _load_float(group + 2)
@@ -248,7 +271,6 @@ def norm_partial_kernel(
         row = _find_row(group, chunk)
         slot = partials + tl.load(row + 3)
         if KIND == 2 or KIND == 3 or KIND == 4:
-            INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
             body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
             maximum, minimum = _extremes(body, count, head, tail, KIND, BITS, BLOCK)
             if KIND == 4:
@@ -260,19 +282,28 @@ def norm_partial_kernel(
                     partial = tl.where(partial == partial, _magnitude_to_float(minimum, DTYPE), partial)
                 tl.store(slot + (chunk - tl.load(row)), partial)
         else:
+            unit = 1.0
+            if IN_UNIT:
+                body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+                maximum, minimum = _extremes(body, count, head, tail, 3, BITS, BLOCK)
+                extreme = _magnitude_to_float(maximum, DTYPE)
+                smallest = _magnitude_to_float(minimum, DTYPE)
+                unit = _power_unit(tl.where((extreme == extreme) & (p < 0.0), smallest, extreme))
             STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
             body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
             if KIND == 5 or DTYPE == tl.float64:
-                partial = _sum_body_wide(body, count, p, KIND, DTYPE, BLOCK)
+                partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
             else:
                 partial = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
                 least = _LEAST_SUM_OF_SQUARES if KIND == 0 else 0.0
                 if not (partial >= least and partial < _INFINITY):
-                    partial = _sum_body_wide(body, count, p, KIND, DTYPE, BLOCK)
+                    partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
             if head + tail > 0:
                 offset, exists = _edges(count, head, tail, VECTOR)
                 x = tl.load(body + offset, mask=exists, other=0)
-                partial += tl.sum(_wide_term(_widen(x, DTYPE), exists, p, KIND))
+                partial += tl.sum(_wide_term(_widen(x, DTYPE), exists, p, unit, KIND))
+            if NORMS:
+                partial = _root_in(unit, partial, p)
             tl.store(slot + (chunk - tl.load(row)), partial)
         chunk += tl.num_programs(0)
 
@@ -299,9 +330,18 @@ def _store_norm(out, norm):
 
 @triton.jit
 def norm_finalize_kernel(
-    list_header, partials, out, clip_coef, KIND: tl.constexpr, FUSED: tl.constexpr, BLOCK: tl.constexpr
+    list_header,
+    partials,
+    out,
+    clip_coef,
+    KIND: tl.constexpr,
+    NORMS: tl.constexpr,
+    ROOT: tl.constexpr,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Combines the partials in the order of their slots. FUSED goes on to the root, the norm and the coefficient."""
+    """Combines the partials, which may be NORMS, in the order of their slots; then the ROOT, and the coefficient."""
+    p = _load_float(list_header + 1)
     slots = tl.load(list_header)
     lane = tl.arange(0, BLOCK)
     sum = tl.zeros([BLOCK], tl.float64)
@@ -311,24 +351,33 @@ def norm_finalize_kernel(
     while start < slots:
         exists = start + lane < slots
         x = tl.load(partials + start + lane, mask=exists, other=0.0)
-        if KIND == 2 or KIND == 3:
+        if KIND == 2 or KIND == 3 or NORMS:
             magnitude = _magnitude(x.to(tl.int64, bitcast=True), 64)
             largest = tl.maximum(largest, magnitude)
             smallest = tl.minimum(smallest, tl.where(exists, magnitude, 0x7FFFFFFFFFFFFFFF))
         else:
             sum += x
         start += BLOCK
-    if KIND == 2 or KIND == 3:
+    if KIND == 2 or KIND == 3 or NORMS:
         norm = tl.max(largest).to(tl.float64, bitcast=True)
-        if KIND == 3:
-            norm = tl.where(norm == norm, tl.min(smallest).to(tl.float64, bitcast=True), norm)
+        if KIND == 3 or NORMS:
+            norm = tl.where((norm == norm) & (p < 0.0), tl.min(smallest).to(tl.float64, bitcast=True), norm)
     else:
         norm = tl.sum(sum)
-    if FUSED:
+    if NORMS:
+        unit = _power_unit(norm)
+        start = tl.zeros([], tl.int64)
+        while start < slots:
+            exists = start + lane < slots
+            sum += _wide_term(tl.load(partials + start + lane, mask=exists, other=0.0), exists, p, unit, KIND)
+            start += BLOCK
+        norm = _root_in(unit, tl.sum(sum), p)
+    elif ROOT:
         if KIND == 0:
             norm = tl.sqrt(norm)
         if KIND == 5:
             norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
+    if CLIP:
         # torch's order: reciprocal, then product; the comparison lets a NaN stay.
         coef = 1.0 / (norm + 1e-6) * _load_float(list_header + 3)
         tl.store(clip_coef, tl.where(coef > 1.0, 1.0, coef))
@@ -337,7 +386,24 @@ def norm_finalize_kernel(
 
 @triton.jit
 def _scale_block(x, coef, DTYPE: tl.constexpr):
-    return _narrow(_widen(x, DTYPE) * coef, DTYPE)
+    """In the dtype of the coefficient, and from float64 to 16 bits by way of float32."""
+    return _narrow((_widen(x, DTYPE) * coef).to(tl.float64 if DTYPE == tl.float64 else tl.float32), DTYPE)
+
+
+@triton.jit
+def _scale_wide(group, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= coef in float64, for a coefficient below float32."""
+    STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+    lane = tl.arange(0, BLOCK)
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < tl.load(group + 1):
+        row = _find_row(group, chunk)
+        body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+        for start in range(-head, count + tail, BLOCK):
+            exists = start + lane < count + tail
+            place = body + start + lane
+            tl.store(place, _scale_block(tl.load(place, mask=exists), coef, DTYPE), mask=exists)
+        chunk += tl.num_programs(0)
 
 
 @triton.jit
@@ -346,8 +412,11 @@ def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLO
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
-    coef = tl.load(clip_coef).to(OPMATH)
-    if coef != 1.0:
+    wide = tl.load(clip_coef)
+    coef = wide.to(OPMATH)
+    if (wide != 0.0) & (tl.abs(wide) < _LEAST_NORMAL) & (DTYPE != tl.float64):
+        _scale_wide(group, wide, DTYPE, CHUNK, BLOCK)
+    elif coef != 1.0:
         chunks = tl.load(group + 1)
         lane = tl.arange(0, BLOCK)
         # Backwards: what the norm read last is still in cache.

@@ -28,7 +28,7 @@ class Part(Gradients):
 
     def norm_partial(self, norm_type: float) -> Tensor:
         if is_power(norm_type):
-            return eager.total_norm(self.tensors, norm_type)
+            return self.backend.total_norm(self.tensors, norm_type)
         return self.backend.norm_partial(self.tensors, norm_type)
 
     def scale_(self, clip_coef: Tensor) -> None:
