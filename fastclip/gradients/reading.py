@@ -50,10 +50,10 @@ class Section(NamedTuple):
 
 
 class Share(NamedTuple):
-    """DTensors of one mesh and placements."""
+    """DTensors of one mesh, and of placements of the same types: sharded, replicated or partial alike."""
 
     mesh: object
-    placements: tuple
+    placements: tuple  # of one of them
     owner: Tensor  # one of them: a gradient, or the parameter of one that this rank does not have
     slots: list[Tensor | None]  # for each parameter its gradient
 
@@ -146,7 +146,7 @@ def _read_in_python(
 def _find_share(shares: list[Share], owner: Tensor) -> int:
     mesh, placements = owner._spec.mesh, owner._spec.placements
     for i, share in enumerate(shares):
-        if share.mesh is mesh and share.placements == placements:
+        if share.mesh is mesh and list(map(type, share.placements)) == list(map(type, placements)):
             return i
     shares.append(Share(mesh, placements, owner, []))
     return len(shares) - 1
