@@ -446,7 +446,7 @@ def test_plain(ops, fence):
 
 @pytest.mark.parametrize("call", ["norm", "with norm", "value"])
 def test_a_launch_that_fails(ops, call):
-    """Each call of CUDA's runtime in turn: all is as it should be, or nothing has changed, or the error says how far."""
+    """Each call of CUDA's runtime in turn: all is right, or nothing has changed, or the error says so."""
 
     def clip(grads):
         made = parameters(grads)
