@@ -75,38 +75,38 @@ struct Builtins {
   // norm_partial(tensors, norm_type, partial): *partial = the norm before its root.
   static python::Owned norm_partial(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double norm_type = arguments.number(1);
-    const Number partial = number(arguments[2]);
+    const double norm_type = arguments.to_double(1);
+    const Number partial = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.norm_partial(tensors, norm_type, partial); });
   }
 
   // total_norm(tensors, norm_type, norm)
   static python::Owned total_norm(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double norm_type = arguments.number(1);
-    const Number norm = number(arguments[2]);
+    const double norm_type = arguments.to_double(1);
+    const Number norm = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
   }
 
   // scale_(tensors, clip_coef)
   static python::Owned scale_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const Number coef = number(arguments[1]);
+    const Number coef = number_of(arguments[1]);
     return run(tensors, [&] { kEngine.scale(tensors, coef); });
   }
 
   // clip_with_norm_(tensors, max_norm, norm)
   static python::Owned clip_with_norm_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double max_norm = arguments.number(1);
-    const Number norm = number(arguments[2]);
+    const double max_norm = arguments.to_double(1);
+    const Number norm = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.clip_with_norm(tensors, max_norm, norm); });
   }
 
   // clamp_(tensors, min, max)
   static python::Owned clamp_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double low = arguments.number(1), high = arguments.number(2);
+    const double low = arguments.to_double(1), high = arguments.to_double(2);
     check_bound(tensors.views, low);
     check_bound(tensors.views, high);
     return run(tensors, [&] { kEngine.clamp(tensors, low, high); });
@@ -115,26 +115,24 @@ struct Builtins {
   // clip_grad_norm_(tensors, norm, *clip)
   static python::Owned clip_grad_norm_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const Number norm = number(arguments[1]);
-    const Clip clip{arguments.number(2), arguments.number(3)};
+    const Number norm = number_of(arguments[1]);
+    const Clip clip{arguments.to_double(2), arguments.to_double(3)};
     return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
   }
 
   static python::Owned all() {
-    static PyMethodDef methods[] = {
-        python::method<norm_partial>("norm_partial"),
-        python::method<total_norm>("total_norm"),
-        python::method<scale_>("scale_"),
-        python::method<clip_with_norm_>("clip_with_norm_"),
-        python::method<clamp_>("clamp_"),
-        python::method<clip_grad_norm_>("clip_grad_norm_"),
-    };
+    static PyMethodDef methods[] = {python::method<norm_partial>("norm_partial"),
+                                    python::method<total_norm>("total_norm"),
+                                    python::method<scale_>("scale_"),
+                                    python::method<clip_with_norm_>("clip_with_norm_"),
+                                    python::method<clamp_>("clamp_"),
+                                    python::method<clip_grad_norm_>("clip_grad_norm_")};
     return python::functions(methods);
   }
 
  private:
   // A 0-dim tensor of the engine's device, whose memory is read or written.
-  static Number number(PyObject* tensor) {
+  static Number number_of(PyObject* tensor) {
     dlpack::Tensor dl;
     python::check(dlpack::exchange->from_object(tensor, &dl));
     Number number{dl.data(), Dtype::kFloat64};
@@ -154,7 +152,7 @@ struct Builtins {
       const python::WithoutGil released;
       pass();
     }
-    return python::share(python::none());
+    return python::retain(python::none());
   }
 };
 

@@ -36,15 +36,17 @@ FASTCLIP_PYTHON extern PyObject _Py_NoneStruct;
 FASTCLIP_PYTHON extern PyObject* PyExc_RuntimeError;
 FASTCLIP_PYTHON extern PyObject* PyExc_MemoryError;
 FASTCLIP_PYTHON extern PyObject* PyExc_TypeError;
+FASTCLIP_PYTHON extern PyObject* PyExc_Exception;
+FASTCLIP_PYTHON extern PyObject* PyExc_AttributeError;
 
 FASTCLIP_PYTHON void Py_IncRef(PyObject*);
 FASTCLIP_PYTHON void Py_DecRef(PyObject*);
 FASTCLIP_PYTHON void PyErr_Clear();
 FASTCLIP_PYTHON PyObject* PyErr_Occurred();
+FASTCLIP_PYTHON int PyErr_ExceptionMatches(PyObject* type);
 FASTCLIP_PYTHON void PyErr_SetString(PyObject* type, const char* message);
 
 FASTCLIP_PYTHON PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
-FASTCLIP_PYTHON PyObject* PyObject_GetAttrString(PyObject*, const char* name);
 FASTCLIP_PYTHON PyObject* PyObject_CallObject(PyObject* callable, PyObject* arguments);
 FASTCLIP_PYTHON int PyObject_IsTrue(PyObject*);
 
@@ -56,7 +58,7 @@ FASTCLIP_PYTHON PyObject* PyList_GetItem(PyObject*, intptr_t);  // borrowed
 FASTCLIP_PYTHON int PyList_Append(PyObject*, PyObject*);
 FASTCLIP_PYTHON PyObject* PyTuple_New(intptr_t size);
 FASTCLIP_PYTHON intptr_t PyTuple_Size(PyObject*);
-FASTCLIP_PYTHON PyObject* PyTuple_GetItem(PyObject*, intptr_t);  // borrowed
+FASTCLIP_PYTHON PyObject* PyTuple_GetItem(PyObject*, intptr_t);       // borrowed
 FASTCLIP_PYTHON int PyTuple_SetItem(PyObject*, intptr_t, PyObject*);  // steals
 FASTCLIP_PYTHON PyObject* PyDict_New();
 FASTCLIP_PYTHON int PyDict_SetItemString(PyObject*, const char* key, PyObject*);
@@ -68,6 +70,9 @@ FASTCLIP_PYTHON PyObject* PyUnicode_InternFromString(const char*);
 FASTCLIP_PYTHON PyObject* PyCapsule_New(void*, const char* name, void (*destructor)(PyObject*));
 FASTCLIP_PYTHON void* PyCapsule_GetPointer(PyObject*, const char* name);
 FASTCLIP_PYTHON PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObject* module);
+
+FASTCLIP_PYTHON int PyGC_Disable();
+FASTCLIP_PYTHON int PyGC_Enable();
 
 FASTCLIP_PYTHON PyThreadState* PyEval_SaveThread();
 FASTCLIP_PYTHON void PyEval_RestoreThread(PyThreadState*);

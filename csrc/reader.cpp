@@ -19,7 +19,7 @@ namespace {
 
 using namespace python;
 
-// Why no compiled engine takes a tensor; in this order in fastclip/gradients/plain.py.
+// Why no compiled engine takes a tensor; in this order in fastclip/gradients/reading.py.
 enum class Reason { kNone, kDevice, kLayout, kDtype, kOverlap, kMemory, kInference };
 
 struct Names {
@@ -44,6 +44,8 @@ Property find_property(PyObject* tensor_base, const char* name) {
 }
 
 constexpr int32_t kNoShare = -1;
+// Collections since the library was told of the first.
+long collections = 0;
 // Objects lie anywhere in memory: they are asked for so many places ahead.
 constexpr size_t kAhead = 4;
 
@@ -55,8 +57,8 @@ struct Share {
 };
 
 struct Section {
-  Owned list;  // of the tensors themselves
-  std::unique_ptr<Tensors> tensors;
+  Owned list;                        // of the tensors themselves
+  std::unique_ptr<Tensors> tensors;  // null where they are refused
   int32_t share;
   Reason reason;
   int dtypes = 0;  // bit d is set where there is one of Dtype d
@@ -75,7 +77,9 @@ class Reader {
 
   // (sections, shares), or None where a tensor is of a type that is not known here.
   Owned read(PyObject* list) {
-    if (!gather(list)) return python::share(none());
+    if (!gather(list)) return python::retain(none());
+    // No Python code runs from here on.
+    const WithoutCollection guard;
     for (size_t i = 0; i < items_.size(); ++i) {
       if (i + kAhead < items_.size()) __builtin_prefetch(items_[i + kAhead].tensor.get());
       sort(items_[i]);
@@ -87,6 +91,7 @@ class Reader {
   struct Item {
     Owned tensor;
     int32_t share;
+    bool is_inference;
   };
 
   // Everything that may run Python code, before any address is taken.
@@ -95,10 +100,10 @@ class Reader {
     check(size < 0 ? -1 : 0);
     items_.reserve(static_cast<size_t>(size));
     for (intptr_t i = 0; i < size; ++i) {
-      const Owned given = python::share(checked_borrowed(PyList_GetItem(list, i)));
+      const Owned given = python::retain(checked_borrowed(PyList_GetItem(list, i)));
       if (i + static_cast<intptr_t>(kAhead) < size)
         __builtin_prefetch(PyList_GetItem(list, i + static_cast<intptr_t>(kAhead)));
-      Owned tensor = request_.gradients ? gradient_of(given.get()) : python::share(given.get());
+      Owned tensor = request_.gradients ? gradient_of(given.get()) : python::retain(given.get());
       const bool skipped = request_.skip != none() && is_true(PyList_GetItem(request_.skip, i));
       const bool missing = skipped || (request_.gradients && tensor.get() == none());
       // A parameter stands for the gradient that this rank does not have.
@@ -109,13 +114,27 @@ class Reader {
         if (missing) continue;
         Owned local = local_of(tensor.get());
         if (!is_plain(local.get())) return false;
-        items_.push_back({std::move(local), share});
+        add(std::move(local), share);
       } else if (!missing) {
         if (!is_plain(tensor.get())) return false;
-        items_.push_back({std::move(tensor), kNoShare});
+        add(std::move(tensor), kNoShare);
       }
     }
     return true;
+  }
+
+  void add(Owned tensor, int32_t share) {
+    // An inference tensor has no version.
+    const bool is_inference = request_.versions && !has(version_of(tensor.get()), PyExc_RuntimeError);
+    items_.push_back({std::move(tensor), share, is_inference});
+  }
+
+  // Whether an attribute is there: the error of one that is not is cleared, every other is raised.
+  static bool has(PyObject* attribute, PyObject* error) {
+    if (Owned(attribute) != nullptr) return true;
+    if (PyErr_ExceptionMatches(error) == 0) throw Raised();
+    PyErr_Clear();
+    return false;
   }
 
   Owned gradient_of(PyObject* parameter) const {
@@ -137,12 +156,13 @@ class Reader {
     Owned local = checked(PyObject_GetAttr(dtensor, names.local_tensor));
     if (is_plain(local.get())) return local;
     // A functional collective may still be filling it.
-    const Owned wait(PyObject_GetAttr(local.get(), names.trigger_wait));
+    PyObject* const wait = PyObject_GetAttr(local.get(), names.trigger_wait);
     if (wait == nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw Raised();
       PyErr_Clear();
       return local;
     }
-    return checked(PyObject_CallObject(wait.get(), nullptr));
+    return checked(PyObject_CallObject(Owned(wait).get(), nullptr));
   }
 
   int32_t find_share(PyObject* dtensor) {
@@ -156,7 +176,7 @@ class Reader {
     if (last_share_ != kNoShare && is_same(shares_[last_share_])) return last_share_;
     for (size_t i = 0; i < shares_.size(); ++i)
       if (is_same(shares_[i])) return last_share_ = static_cast<int32_t>(i);
-    shares_.push_back({std::move(mesh), std::move(placements), python::share(dtensor), checked(PyList_New(0))});
+    shares_.push_back({std::move(mesh), std::move(placements), python::retain(dtensor), checked(PyList_New(0))});
     return last_share_ = static_cast<int32_t>(shares_.size()) - 1;
   }
 
@@ -171,12 +191,12 @@ class Reader {
     return true;
   }
 
-  // No Python code runs from here on.
   void sort(const Item& item) {
     dlpack::Tensor dl;
     TensorView view{};
     Device device{};
-    const Reason reason = view_of(item.tensor.get(), &dl, &view, &device);
+    Reason reason = view_of(item.tensor.get(), &dl, &view, &device);
+    if (reason == Reason::kNone && item.is_inference) reason = Reason::kInference;
     Section& section = find_section(item.share, device, reason);
     check(PyList_Append(section.list.get(), item.tensor.get()));
     if (reason != Reason::kNone) return;
@@ -188,6 +208,7 @@ class Reader {
   // mind.
   Reason view_of(PyObject* tensor, dlpack::Tensor* dl, TensorView* view, Device* device) const {
     if (dlpack::exchange->from_object(tensor, dl) != 0) {
+      if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw Raised();
       PyErr_Clear();
       return Reason::kLayout;
     }
@@ -199,11 +220,6 @@ class Reader {
     *view = make_view(dl->data(), dtype, dl->ndim, dl->shape, dl->strides);
     if (lacks_memory(*view)) return Reason::kMemory;
     if (request_.writes && may_overlap_itself(*view)) return Reason::kOverlap;
-    // An inference tensor has no version.
-    if (request_.versions && Owned(version_of(tensor)) == nullptr) {
-      PyErr_Clear();
-      return Reason::kInference;
-    }
     return Reason::kNone;
   }
 
@@ -220,7 +236,7 @@ class Reader {
     if (reason == Reason::kNone) {
       sections_.back().tensors = std::make_unique<Tensors>();
       sections_.back().tensors->device = device;
-      sections_.back().tensors->views.reserve(items_.size());
+      if (sections_.size() == 1) sections_.back().tensors->views.reserve(items_.size());
     }
     return sections_.back();
   }
@@ -228,19 +244,22 @@ class Reader {
   static void set(const Owned& tuple, intptr_t i, Owned value) {
     check(PyTuple_SetItem(tuple.get(), i, value.release()));
   }
-  static Owned number(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
+  static Owned to_long(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
 
   Owned result() {
     const Owned sections = checked(PyList_New(0)), shares = checked(PyList_New(0));
     for (Section& section : sections_) {
       const Owned tuple = checked(PyTuple_New(6));
-      const bool taken = section.reason == Reason::kNone;
-      set(tuple, 1, std::move(section.list));
-      set(tuple, 2, number(taken ? section.tensors->device.index : -1));
-      set(tuple, 3, number(section.dtypes));
-      set(tuple, 4, number(static_cast<int>(section.reason)));
-      set(tuple, 5, number(section.share));
-      set(tuple, 0, taken ? to_python(std::move(section.tensors)) : python::share(none()));
+      const bool taken = section.tensors != nullptr;
+      set(tuple, 2, to_long(taken ? section.tensors->device.index : -1));
+      set(tuple, 3, to_long(section.dtypes));
+      set(tuple, 4, to_long(static_cast<int>(section.reason)));
+      set(tuple, 5, to_long(section.share));
+      set(tuple, 1, python::retain(section.list.get()));
+      set(tuple, 0,
+          taken ? to_python(std::unique_ptr<Read>(
+                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections}))
+                : python::retain(none()));
       check(PyList_Append(sections.get(), tuple.get()));
     }
     for (Share& share : shares_) {
@@ -252,8 +271,8 @@ class Reader {
       check(PyList_Append(shares.get(), tuple.get()));
     }
     Owned both = checked(PyTuple_New(2));
-    set(both, 0, python::share(sections.get()));
-    set(both, 1, python::share(shares.get()));
+    set(both, 0, python::retain(sections.get()));
+    set(both, 1, python::retain(shares.get()));
     return both;
   }
 
@@ -267,9 +286,15 @@ class Reader {
 
 // read(list, gradients, writes, versions, cpu, cuda, dtensor, skip)
 Owned read(const Arguments& arguments) {
-  const Request request{arguments.truth(1), arguments.truth(2), arguments.truth(3), arguments.truth(4),
-                        arguments.truth(5), arguments[6],       arguments[7]};
+  const Request request{arguments.to_bool(1), arguments.to_bool(2), arguments.to_bool(3), arguments.to_bool(4),
+                        arguments.to_bool(5), arguments[6],         arguments[7]};
   return Reader(request).read(arguments[0]);
+}
+
+// For gc.callbacks: count_collection(phase, info).
+Owned count_collection(const Arguments&) {
+  ++collections;
+  return python::retain(none());
 }
 
 }  // namespace
@@ -288,7 +313,8 @@ FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObj
                      intern("_spec"), intern("mesh"), intern("placements"), intern("trigger_wait")};
     reader::grad_of = reader::find_property(tensor_base, "grad");
     reader::version_of = reader::find_property(tensor_base, "_version");
-    static PyMethodDef methods[] = {python::method<reader::read>("read")};
+    static PyMethodDef methods[] = {python::method<reader::read>("read"),
+                                    python::method<reader::count_collection>("count_collection")};
     return python::functions(methods);
   });
 }

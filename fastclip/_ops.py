@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,6 +195,9 @@ compiled_for = frozenset(
 cpu_engine = builtins_of(cpu_library, "cpu")
 cuda_engine = builtins_of(cuda_library, "cuda")
 _reader = builtins_of(cpu_library, "reader", torch._C.TensorBase, Tensor, torch.nn.Parameter)
+if _reader:
+    # A finalizer may give a tensor other memory: after a collection the addresses are compared.
+    gc.callbacks.append(_reader.count_collection)
 # read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
 read = _reader and _reader.read
 

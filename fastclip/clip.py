@@ -54,8 +54,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: ``error_if_nonfinite`` and the norm is not finite; or a gradient cannot be written in place.
-        TypeError, ValueError: ``max_norm``, ``norm_type`` or ``norm_dtype`` is not of its kind.
-        Whatever is raised, no gradient has changed.
+        TypeError, ValueError, OverflowError: ``max_norm``, ``norm_type`` or ``norm_dtype`` is not of its kind.
+        Whatever is raised, no gradient has changed; lists with tensor subclasses are torch's own functions' to write.
 
     Example:
         >>> import torch, fastclip
@@ -112,7 +112,7 @@ def get_total_norm(
 
     Raises:
         RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
-        TypeError, ValueError: ``norm_type`` or ``norm_dtype`` is not of its kind.
+        TypeError, ValueError, OverflowError: ``norm_type`` or ``norm_dtype`` is not of its kind.
 
     Example:
         >>> import torch, fastclip
@@ -148,9 +148,9 @@ def clip_grads_with_norm_(
         foreach (bool, optional): as in :func:`clip_grad_norm_`.
 
     Raises:
-        TypeError, ValueError: ``max_norm`` is not a number, ``total_norm`` not a Tensor.
+        TypeError, ValueError, OverflowError: ``max_norm`` is not a number, ``total_norm`` not a Tensor.
         RuntimeError: a gradient cannot be written in place.
-        Whatever is raised, no gradient has changed.
+        Whatever is raised, no gradient has changed, as in :func:`clip_grad_norm_`.
 
     Example:
         >>> import torch, fastclip
@@ -192,10 +192,10 @@ def clip_grad_value_(
         foreach (bool, optional): as in :func:`clip_grad_norm_`.
 
     Raises:
-        TypeError, ValueError: ``clip_value`` is not a number.
+        TypeError, ValueError, OverflowError: ``clip_value`` is not a number.
         RuntimeError: ``clip_value`` overflows the dtype of a gradient, or a gradient cannot be written in place.
         NotImplementedError: a gradient is complex.
-        Whatever is raised, no gradient has changed.
+        Whatever is raised, no gradient has changed, as in :func:`clip_grad_norm_`.
 
     Example:
         >>> import torch, fastclip
@@ -271,8 +271,9 @@ def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequen
 def _to_float(value: object, argument: str) -> float:
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise type(error)(f"{argument}: expected a number, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        kind = next(k for k in (TypeError, ValueError, OverflowError, RuntimeError) if isinstance(error, k))
+        raise kind(f"{argument}: expected a number, got {value!r}") from error
 
 
 def _check_norm_dtype(norm_dtype: object) -> None:
@@ -282,3 +283,5 @@ def _check_norm_dtype(norm_dtype: object) -> None:
         raise TypeError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype!r}")
     if not norm_dtype.is_floating_point:
         raise ValueError(f"norm_dtype: expected a floating torch.dtype or None, got {norm_dtype}")
+    if "float4" in str(norm_dtype):
+        raise ValueError(f"norm_dtype: expected a dtype of single numbers, got {norm_dtype}")

@@ -768,3 +768,104 @@ def test_the_overflow_flag_looks_at_sources(as_tensor):
     flag = torch.ones(1, dtype=torch.int)
     adapters.multi_tensor_scale(65_536, flag, [[torch.ones(2)], [torch.ones(2)]], 0.5)
     assert flag.item() == 1
+
+
+def new_memory(parameter):
+    """Give the gradient other memory; the old one is gone."""
+    parameter.grad.data = torch.full_like(parameter.grad, 2.0)
+
+
+def clipped_while_a_predicate_interferes() -> list:
+    (parameter,) = parameters([torch.ones(1 << 22)])
+
+    def is_duplicate(given):
+        new_memory(given)
+        return False
+
+    norm = fastclip.clip_grad_norm_([parameter], 1.0, is_duplicate=is_duplicate, norm_dtype=torch.float64)
+    return [norm.item(), parameter.grad.max().item()]
+
+
+def test_a_predicate_that_interferes():
+    """What the caller's code did before the list is read is what is clipped."""
+    norm, largest = in_a_child(clipped_while_a_predicate_interferes, env=UNMAPPED_AT_ONCE)
+    assert norm == 2.0 * 2**11
+    assert largest == pytest.approx(2.0 / norm, rel=1e-6)
+
+
+def clipped_while_finalizers_interfere() -> set:
+    """A finalizer in a cycle gives a gradient other memory; the threshold moves the collection through the call."""
+    seen = set()
+
+    class Cycle:
+        def __del__(self):
+            new_memory(made[0])
+
+    for threshold in range(1, 60):
+        made = parameters([torch.ones(1 << 20) for _ in range(2)])
+        cycle = Cycle()
+        cycle.self = cycle
+        del cycle
+        gc.collect(0)
+        cycle = Cycle()
+        cycle.self = cycle
+        del cycle
+        gc.set_threshold(threshold)
+        try:
+            fastclip.clip_grad_norm_(made, 1.0)
+            seen.add("clipped")
+        except RuntimeError as error:
+            seen.add(str(error))
+        gc.set_threshold(700)
+    return seen
+
+
+def test_finalizers_that_interfere():
+    """No memory that is gone is read or written: the call goes on, or says what happened."""
+    seen = in_a_child(clipped_while_finalizers_interfere, env=UNMAPPED_AT_ONCE)
+    assert "clipped" in seen
+    assert all(said == "clipped" or "other memory while it was clipped" in said for said in seen), seen
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_dtype_that_holds_no_number(backend, fence):
+    grads = [torch.tensor([3.0, 4.0])]
+    before = fence(grads)
+    with fastclip.use_backend(backend), pytest.raises(ValueError, match="norm_dtype: expected a dtype of single numbers"):
+        fastclip.clip_grad_norm_(parameters(grads), 1.0, norm_dtype=torch.float4_e2m1fn_x2)
+    assert before.unchanged()
+
+
+def test_a_subclass_beside_what_cannot_be_written(fence):
+    grads = [torch.tensor([3.0, 4.0]), torch.tensor([3.0]).expand(4), torch.ones(2).as_subclass(Odd)]
+    before = fence(grads)
+    for call in (
+        lambda: fastclip.clip_grad_norm_(parameters(grads), 1.0),
+        lambda: fastclip.clip_grad_value_(parameters(grads), 1.0),
+    ):
+        with pytest.raises(RuntimeError, match="more than one element"):
+            call()
+        assert before.unchanged()
+
+
+class Odd(torch.Tensor):
+    """A tensor that torch's own functions take."""
+
+
+def test_a_zero_tensor_as_norm():
+    grad = torch.tensor([3.0, 4.0])
+    fastclip.clip_grads_with_norm_(parameters([grad]), 2e-6, torch._efficientzerotensor((), dtype=torch.float32))
+    assert grad.tolist() == [3.0, 4.0]
+
+
+def test_an_error_with_arguments_of_its_own():
+    class Picky(RuntimeError):
+        def __init__(self, one, two):
+            super().__init__(one, two)
+
+    class Number:
+        def __float__(self):
+            raise Picky(1, 2)
+
+    with pytest.raises(RuntimeError, match="max_norm: expected a number"):
+        fastclip.clip_grad_norm_(parameters([torch.ones(2)]), Number())

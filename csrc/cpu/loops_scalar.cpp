@@ -33,9 +33,11 @@ void round_to(double x, T* out) {
 
 double norm_pow(Dtype dtype, const void* data, int64_t n, double norm_type, double unit) {
   return with_elements(dtype, const_cast<void*>(data), [=](const auto* x) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += std::pow(std::fabs(to_double(x[i])) / unit, norm_type);
-    return sum;
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += std::pow(std::fabs(to_double(x[i])) / unit, norm_type);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
   });
 }
 

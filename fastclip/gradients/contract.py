@@ -147,8 +147,10 @@ class Nothing(Gradients):
 class Foreign(Gradients):
     """Tensor subclasses, and what is no tensor: torch's own functions know what they mean."""
 
-    def __init__(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor], foreach: bool | None) -> None:
-        self.parameters, self.tensors, self.foreach = parameters, tensors, foreach
+    def __init__(
+        self, parameters: Sequence[Tensor], tensors: Sequence[Tensor], foreach: bool | None, reason: str = ""
+    ) -> None:
+        self.parameters, self.tensors, self.foreach, self.reason = parameters, tensors, foreach, reason
 
     def total_norm(self, norm_type: float) -> Tensor:
         return _torch_get_total_norm(self.tensors, norm_type, False, self.foreach)
@@ -160,9 +162,7 @@ class Foreign(Gradients):
         _torch_clip_grad_value_(self.parameters, high, self.foreach)
 
     def groups(self) -> Iterator[Group]:
-        odd = next(type(t) for t in self.tensors if type(t) not in PLAIN)
-        reason = f"{odd.__name__} is a tensor subclass: torch's own functions take the whole list"
-        yield describe(eager.NAME, self.tensors, reason)
+        yield describe(eager.NAME, self.tensors, self.reason)
 
     def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)

@@ -101,8 +101,11 @@ def of_tensors(
     tensors: list[Tensor], *, foreach: bool | None = None, writes: bool = False, symmetric: bool = True
 ) -> Gradients:
     """Plain tensors of this process, at least one: see :func:`fastclip.gradients.of`."""
-    sections, _ = reading.read(tensors, False, writes)
-    return of_sections(sections, foreach, writes, symmetric)
+    found = reading.read(tensors, False, writes)
+    if found is None or found[1]:
+        kinds = sorted({type(tensor).__name__ for tensor in tensors})
+        raise TypeError(f"expected plain tensors, and no torch.jit.trace around them, got {', '.join(kinds)}")
+    return of_sections(found[0], foreach, writes, symmetric)
 
 
 def of_sections(sections: Sequence[reading.Section], foreach: bool | None, writes: bool, symmetric: bool) -> Gradients:
@@ -168,10 +171,12 @@ def check(tensors: Sequence[Tensor], writes: bool) -> None:
 
 
 def _check_memory(tensor: Tensor) -> None:
-    # A trace and a transform have tensors without memory of their own.
-    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or _dispatch.in_transform():
+    # A trace, a transform and other devices have tensors without memory of their own, or none that is addressed.
+    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or tensor.layout != torch.strided:
         return
-    if tensor.layout == torch.strided and tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
+    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    if tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
         raise RuntimeError(f"a {tensor.dtype} gradient of shape {tuple(tensor.shape)} has no memory for its elements")
 
 

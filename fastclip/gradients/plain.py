@@ -83,6 +83,7 @@ class Plain(Gradients):
 
     def _near(self, number: Tensor) -> Tensor:
         """A 0-dim number as the engine reads it: on its device, of one of its dtypes, with its sign in memory."""
-        if number.dtype in DTYPES and number.device == self._device and not number.is_neg():
+        odd = number.is_neg() or number._is_zerotensor()
+        if number.dtype in DTYPES and number.device == self._device and not odd:
             return number
-        return number.detach().to(self._device, torch.float64).resolve_neg()
+        return number.detach().to(self._device, torch.float64, copy=True).resolve_neg()

@@ -39,7 +39,7 @@ _REASONS = (
 
 
 class Section(NamedTuple):
-    """Tensors that have everything in common that matters."""
+    """Tensors that have everything in common that matters; from C++ a plain tuple."""
 
     views: object  # for the engine of their device; None where no compiled engine takes them
     tensors: list[Tensor]
@@ -107,19 +107,19 @@ def read(
     if modes and not watched:
         # Under a DeviceContext each look at a tensor would go through Python.
         with torch._C.DisableTorchFunction():
-            read = _ops.read(*arguments)
+            found = _ops.read(*arguments)
     elif dtensor is not None and tensors and type(tensors[0]) is dtensor:
         # Else torch asks each DTensor for its __torch_function__, which it does not have.
         with torch._C.DisableTorchFunctionSubclass():
-            read = _ops.read(*arguments)
+            found = _ops.read(*arguments)
     else:
-        read = _ops.read(*arguments)
-    if read is None:
+        found = _ops.read(*arguments)
+    if found is None:
         return _read_in_python(tensors, gradients, skip)
-    sections, shares = read
+    sections, shares = found
     if watched:
         # Ops take what was read, for all to see.
-        sections = [(None, *section[1:]) for section in sections]
+        sections = [Section(None, *section[1:]) for section in sections]
     return sections, [Share(*share) for share in shares] if shares else shares
 
 

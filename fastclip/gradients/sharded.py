@@ -42,11 +42,13 @@ class Sharded(Gradients):
         writes: bool,
         symmetric: bool,
     ) -> None:
-        self._sections, self._shares, self._groups = sections, shares, groups
-        read = [(section, parts.members_of(section, foreach, writes, symmetric)) for section in sections]
+        self._shares, self._groups = shares, groups
+        self._sections = [Section(*section) for section in sections]
+        read = [(section.share, parts.members_of(section, foreach, writes, symmetric)) for section in self._sections]
+        self._counted = read
         if counted is not sections:
-            read_again = [(section, parts.members_of(section, foreach, False, symmetric)) for section in counted]
-        self._counted = [(section[5], members) for section, members in (read if counted is sections else read_again)]
+            again = [Section(*section) for section in counted]
+            self._counted = [(section.share, parts.members_of(section, foreach, False, symmetric)) for section in again]
         members = [member for _, each in read for member in each]
         self._local = members[0] if len(members) == 1 else parts.Parts(members) if members else None
         self.tensors = self._local.tensors if self._local else ()
@@ -90,7 +92,7 @@ class Sharded(Gradients):
     def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
         """As a DTensor where torch returns one: where all gradients are DTensors on one mesh."""
         total_norm = total_norm.to(norm_dtype or self.dtype)
-        with_grads = {section[5] for section in self._sections} or range(len(self._shares))
+        with_grads = {section.share for section in self._sections} or range(len(self._shares))
         meshes = {self._shares[i].mesh if i >= 0 else None for i in with_grads}
         if len(meshes) != 1 or None in meshes:
             return total_norm
