@@ -5,14 +5,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifndef Py_PYTHON_H
 extern "C" {
 
+// CI compiles the rest beside Python's own header, and compares what that has of these.
+#ifndef Py_PYTHON_H
 // The head of every object, which the stable ABI fixes for interpreters that have a GIL.
 struct PyObject {
   intptr_t references;
   PyObject* type;
 };
+struct PyTypeObject;
 struct PyThreadState;
 struct PyMethodDef {
   const char* name;
@@ -30,6 +32,7 @@ struct PyGetSetDef {
 constexpr int METH_FASTCALL = 0x80;
 constexpr int Py_tp_getset = 73;
 constexpr int Py_EQ = 2;
+#endif
 
 #define FASTCLIP_PYTHON __attribute__((weak))
 
@@ -50,7 +53,7 @@ FASTCLIP_PYTHON PyObject* PyObject_CallObject(PyObject* callable, PyObject* argu
 FASTCLIP_PYTHON int PyObject_RichCompareBool(PyObject*, PyObject*, int operation);
 FASTCLIP_PYTHON int PyObject_IsTrue(PyObject*);
 
-FASTCLIP_PYTHON void* PyType_GetSlot(PyObject* type, int slot);
+FASTCLIP_PYTHON void* PyType_GetSlot(PyTypeObject*, int slot);
 
 FASTCLIP_PYTHON PyObject* PyList_New(intptr_t size);
 FASTCLIP_PYTHON intptr_t PyList_Size(PyObject*);
@@ -72,4 +75,3 @@ FASTCLIP_PYTHON PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObje
 FASTCLIP_PYTHON PyThreadState* PyEval_SaveThread();
 FASTCLIP_PYTHON void PyEval_RestoreThread(PyThreadState*);
 }
-#endif
