@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from fastclip.backends.triton_ import CHUNK
 from reference import FLOATS, LOW
 
-CHUNK = 65_536  # elements of one chunk, the unit of work and of one partial
 GUARD = 64  # elements: every view starts 64-byte aligned when its own offset is 0
 
 

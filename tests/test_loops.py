@@ -14,9 +14,8 @@ import torch
 import on_cpu
 import reference
 import subproc
-from cases import poison
+from cases import CHUNK, poison
 
-CHUNK = 65_536
 # Every length up to one block of 32 lanes and a little more, then around the blocks that a loop may unroll.
 LENGTHS = (*range(36), 63, 64, 65, 95, 97, 127, 128, 129, 255, 257, 511, 513, 1023, 1025)
 # Offsets in elements: aligned, each residue of a 16-byte vector of 4-byte elements, and odd ones beyond.
