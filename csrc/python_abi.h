@@ -31,7 +31,6 @@ struct PyGetSetDef {
 };
 constexpr int METH_FASTCALL = 0x80;
 constexpr int Py_tp_getset = 73;
-constexpr int Py_EQ = 2;
 #endif
 
 #define FASTCLIP_PYTHON __attribute__((weak))
@@ -50,7 +49,6 @@ FASTCLIP_PYTHON void PyErr_SetString(PyObject* type, const char* message);
 FASTCLIP_PYTHON PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
 FASTCLIP_PYTHON PyObject* PyObject_GetAttrString(PyObject*, const char* name);
 FASTCLIP_PYTHON PyObject* PyObject_CallObject(PyObject* callable, PyObject* arguments);
-FASTCLIP_PYTHON int PyObject_RichCompareBool(PyObject*, PyObject*, int operation);
 FASTCLIP_PYTHON int PyObject_IsTrue(PyObject*);
 
 FASTCLIP_PYTHON void* PyType_GetSlot(PyTypeObject*, int slot);
@@ -60,6 +58,8 @@ FASTCLIP_PYTHON intptr_t PyList_Size(PyObject*);
 FASTCLIP_PYTHON PyObject* PyList_GetItem(PyObject*, intptr_t);  // borrowed
 FASTCLIP_PYTHON int PyList_Append(PyObject*, PyObject*);
 FASTCLIP_PYTHON PyObject* PyTuple_New(intptr_t size);
+FASTCLIP_PYTHON intptr_t PyTuple_Size(PyObject*);
+FASTCLIP_PYTHON PyObject* PyTuple_GetItem(PyObject*, intptr_t);       // borrowed
 FASTCLIP_PYTHON int PyTuple_SetItem(PyObject*, intptr_t, PyObject*);  // steals
 FASTCLIP_PYTHON PyObject* PyDict_New();
 FASTCLIP_PYTHON int PyDict_SetItemString(PyObject*, const char* key, PyObject*);

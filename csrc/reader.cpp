@@ -45,8 +45,10 @@ Property find_property(PyObject* tensor_base, const char* name) {
 }
 
 constexpr int32_t kNoShare = -1;
+// Objects lie anywhere in memory: they are asked for so many places ahead.
+constexpr size_t kAhead = 4;
 
-// DTensors that share a mesh and placements.
+// DTensors that share a mesh and the types of their placements.
 struct Share {
   Owned mesh, placements;
   Owned owner;  // the first of them
@@ -75,7 +77,10 @@ class Reader {
   // (sections, shares), or None where a tensor is of a type that is not known here.
   Owned read(PyObject* list) {
     if (!gather(list)) return python::share(none());
-    for (const Item& item : items_) sort(item);
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (i + kAhead < items_.size()) __builtin_prefetch(items_[i + kAhead].tensor.get());
+      sort(items_[i]);
+    }
     return result();
   }
 
@@ -92,6 +97,8 @@ class Reader {
     items_.reserve(static_cast<size_t>(size));
     for (intptr_t i = 0; i < size; ++i) {
       const Owned given = python::share(checked_borrowed(PyList_GetItem(list, i)));
+      if (i + static_cast<intptr_t>(kAhead) < size)
+        __builtin_prefetch(PyList_GetItem(list, i + static_cast<intptr_t>(kAhead)));
       Owned tensor = request_.gradients ? gradient_of(given.get()) : python::share(given.get());
       const bool skipped = request_.skip != none() && is_true(PyList_GetItem(request_.skip, i));
       const bool missing = skipped || (request_.gradients && tensor.get() == none());
@@ -112,8 +119,10 @@ class Reader {
     return true;
   }
 
-  static Owned gradient_of(PyObject* parameter) {
-    return checked(is_plain(parameter) ? grad_of(parameter) : PyObject_GetAttr(parameter, names.grad));
+  Owned gradient_of(PyObject* parameter) const {
+    return checked(is_plain(parameter) || parameter->type == request_.dtensor
+                       ? grad_of(parameter)
+                       : PyObject_GetAttr(parameter, names.grad));
   }
   static PyObject* checked_borrowed(PyObject* object) {
     if (object == nullptr) throw Raised();
@@ -141,21 +150,26 @@ class Reader {
     const Owned spec = checked(PyObject_GetAttr(dtensor, names.spec));
     Owned mesh = checked(PyObject_GetAttr(spec.get(), names.mesh));
     Owned placements = checked(PyObject_GetAttr(spec.get(), names.placements));
-    // Neighbours in a list are mostly alike: the last one first, then all by identity, then by value.
+    // Neighbours in a list are mostly alike: the last one first.
     const auto is_same = [&](const Share& share) {
-      return share.mesh == mesh && share.placements.get() == placements.get();
+      return share.mesh == mesh && are_of_same_types(share.placements.get(), placements.get());
     };
     if (last_share_ != kNoShare && is_same(shares_[last_share_])) return last_share_;
     for (size_t i = 0; i < shares_.size(); ++i)
       if (is_same(shares_[i])) return last_share_ = static_cast<int32_t>(i);
-    for (size_t i = 0; i < shares_.size(); ++i) {
-      if (shares_[i].mesh != mesh) continue;
-      const int equal = PyObject_RichCompareBool(shares_[i].placements.get(), placements.get(), Py_EQ);
-      check(equal);
-      if (equal) return last_share_ = static_cast<int32_t>(i);
-    }
     shares_.push_back({std::move(mesh), std::move(placements), python::share(dtensor), checked(PyList_New(0))});
     return last_share_ = static_cast<int32_t>(shares_.size()) - 1;
+  }
+
+  // Whether a dimension is sharded, replicated or partial is a matter of the placement's type.
+  static bool are_of_same_types(PyObject* a, PyObject* b) {
+    if (a == b) return true;
+    const intptr_t size = PyTuple_Size(a);
+    check(size < 0 ? -1 : 0);
+    if (PyTuple_Size(b) != size) return false;
+    for (intptr_t i = 0; i < size; ++i)
+      if (PyTuple_GetItem(a, i)->type != PyTuple_GetItem(b, i)->type) return false;
+    return true;
   }
 
   // No Python code runs from here on.

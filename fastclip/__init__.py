@@ -1,5 +1,15 @@
 """fastclip: torch's gradient clipping in as few passes over memory as the hardware allows."""
 
+import sys
+
+import torch
+
+if "fastclip._ops" not in sys.modules and hasattr(torch.ops.fastclip, "norm_partial"):
+    raise ImportError(
+        "fastclip was imported before in this process and has been removed from sys.modules since; keep its modules "
+        "there, because torch's ops cannot be registered a second time"
+    )
+
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
 from .patch import patch, unpatch

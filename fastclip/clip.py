@@ -77,11 +77,11 @@ def clip_grad_norm_(
     grads = _of(parameters, foreach, process_group, is_duplicate)
     total_norm = grads.total_norm(norm_type)
     grads.check_finite(total_norm, norm_type)
-    if type(max_norm) is not float:
-        # Converting it may run the caller's code, after which nothing that was read can be relied on.
-        max_norm = _to_float(max_norm, "max_norm")
+    bound = _to_float(max_norm, "max_norm")
+    if type(max_norm) not in (float, int):
+        # Converting it may have run the caller's code, after which nothing that was read can be relied on.
         grads = _of(parameters, foreach, process_group, is_duplicate)
-    grads.clip_with_norm_(max_norm, total_norm)
+    grads.clip_with_norm_(bound, total_norm)
     return grads.finish(total_norm, norm_dtype)
 
 
@@ -223,6 +223,9 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[gradients.Group]:
 
     Returns:
         list: one Group for each backend and device, with its ``reason``; printed, each is a readable line.
+
+    Raises:
+        What clipping these gradients would raise.
 
     Example:
         >>> import torch, fastclip

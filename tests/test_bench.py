@@ -191,7 +191,7 @@ def test_chart_without_matplotlib_is_refused_before_any_work(monkeypatch, capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(["--plot", "chart.png"])
-    assert "pip install 'fastclip[bench]'" in capsys.readouterr().err
+    assert "pip install 'torch-fastclip[bench]'" in capsys.readouterr().err
 
 
 def test_measure_interleaves_and_keeps_prepare_out():

@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .._ops import clamp_ as clamp_
+from .._ops import clip_grad_norm_ as clip_grad_norm_
+from .._ops import norm_partial as norm_partial
+from .._ops import scale_ as scale_
 from . import cpu
-from .eager import total_norm
-
-__all__ = [
-    "DEVICE",
-    "ENGINE",
-    "NAME",
-    "clamp_",
-    "clip_grad_norm_",
-    "norm_partial",
-    "refuses",
-    "scale_",
-    "total_norm",
-    "unavailable",
-    "unsupported",
-]
+from .eager import total_norm as total_norm
 
 NAME = "cuda"
 DEVICE = "cuda"

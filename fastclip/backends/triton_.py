@@ -39,7 +39,9 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OPMATH = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _DTYPES}
 _WIDE = torch.float64
 
-_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed (pip install 'fastclip[triton]')"
+_MISSING = None
+if not importlib.util.find_spec("triton"):
+    _MISSING = "triton is not installed (pip install 'torch-fastclip[triton]')"
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = ("cpu",) if _INTERPRETS else ("cuda", "xpu")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _dispatch, distributed
@@ -37,8 +36,6 @@ def of(
         writes: whether the list will be written.
         symmetric: whether what happens to ``-x`` is the negative of what happens to ``x``.
     """
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
-        return _foreign(parameters, gradients, foreach, asked=False)  # torch.jit drops an op whose result nobody reads
     read = reading.read(parameters, gradients, writes)
     asked = process_group is not None or is_duplicate is not None
     if read is None:

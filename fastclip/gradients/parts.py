@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -64,6 +65,10 @@ class Parts(Gradients):
     def groups(self) -> Iterator[Group]:
         for member in self.members:
             yield from member.groups()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return functools.reduce(torch.promote_types, (member.dtype for member in self.members))
 
     def norm_partial(self, norm_type: float) -> Tensor:
         # No tensor to speak of is no term of a sum of negative powers or of a minimum.
@@ -137,7 +142,8 @@ def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
     for tensor in tensors:
         refusals = []
         for backend in candidates:
-            refusal = (refused if backend.ENGINE else None) or backend.refuses(tensor)
+            read = backend.ENGINE and tensor.device.type == backend.DEVICE
+            refusal = (refused if read else None) or backend.refuses(tensor)
             if refusal is None:
                 break
             refusals.append(f"{backend.NAME}: {refusal}")

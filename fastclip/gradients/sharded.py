@@ -48,22 +48,24 @@ class Sharded(Gradients):
             read_again = [(section, parts.members_of(section, foreach, False, symmetric)) for section in counted]
         self._counted = [(section[5], members) for section, members in (read if counted is sections else read_again)]
         members = [member for _, each in read for member in each]
-        self.tensors = [tensor for member in members for tensor in member.tensors]
-        self._local = parts.Parts(members) if members else None
+        self._local = members[0] if len(members) == 1 else parts.Parts(members) if members else None
+        self.tensors = self._local.tensors if self._local else ()
 
     def groups(self) -> Iterator[Group]:
         return self._local.groups() if self._local else iter(())
 
     @property
     def dtype(self) -> torch.dtype:
-        tensors = self.tensors or [_local(share.owner) for share in self._shares]
-        return _ops.promoted_dtype(tensors) if tensors else torch.get_default_dtype()
+        if self._local:
+            return self._local.dtype
+        owners = [_local(share.owner) for share in self._shares]
+        return _ops.promoted_dtype(owners) if owners else torch.get_default_dtype()
 
     def total_norm(self, norm_type: float) -> Tensor:
         like = self.tensors[0] if self.tensors else None
         if like is None:
             like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
-        return reduced_norm(self._routed(), norm_type, self._groups, like)
+        return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, like)
 
     def scale_(self, clip_coef: Tensor) -> None:
         if self._local:
@@ -97,7 +99,7 @@ class Sharded(Gradients):
         (mesh,) = meshes
         return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
-    def _routed(self) -> list[Routed]:
+    def _routed(self, with_slots: bool) -> list[Routed]:
         """The lists by route. A gradient with Partial placements is reduced here first, in a collective."""
         found: dict[object, Routed] = {}
         for i, share in enumerate(self._shares):
@@ -112,7 +114,8 @@ class Sharded(Gradients):
             if key not in found:
                 found[key] = Routed(distributed.route(*key), [], [])
             found[key].members.extend(members)
-            found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
+            if with_slots:
+                found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
 
