@@ -17,6 +17,9 @@ CUDART_NEEDED = {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
 # The newest symbol versions of manylinux_2_28, which is what torch's own wheels are built for. A library that is built
 # for this machine alone may ask for the glibc that it has.
 CEILINGS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GLIBC": (2, 28)}
+# What an extension module finds in the interpreter that loads it, and what the linker's start files may find or not.
+PYTHON_ABI = Path(__file__).resolve().parent.parent / "csrc" / "python_abi.h"
+MAY_BE_MISSING = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
 # Registers that only the file of an ISA may use.
 WIDE = {"zmm": {"loops_avx512"}, "ymm": {"loops_avx2", "loops_avx512"}}
 
@@ -31,12 +34,15 @@ def link_errors(library: Path, ceilings: dict[str, tuple[int, ...]]):
     for name in re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-d", library)):
         if name not in allowed and not name.startswith("ld-linux"):
             yield f"links to {name}"
+    weak = MAY_BE_MISSING.union(re.findall(r"^FASTCLIP_PYTHON .*?(\w+)(?:\(|;)", PYTHON_ABI.read_text(), re.MULTILINE))
     newest = {}
     for kind, symbol in re.findall(r"([UwvV]) (\S+)$", output("nm", "-D", "--undefined-only", library), re.MULTILINE):
         name, _, version = symbol.partition("@")
         if not version:
             if kind == "U" and not re.match(r"(aoti_)?torch_", name):
                 yield f"needs {name}, which is neither torch's C ABI nor the C or C++ runtime"
+            if kind != "U" and name not in weak:
+                yield f"may need {name}, which csrc/python_abi.h does not declare"
             continue
         family, _, number = version.lstrip("@").partition("_")
         newest[family] = max(newest.get(family, (0,)), tuple(int(n) for n in re.findall(r"\d+", number)))

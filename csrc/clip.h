@@ -31,6 +31,10 @@ constexpr Dtype promote(Dtype a, Dtype b) {
   return a == Dtype::kFloat64 || b == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
+// Elements of a chunk, which has one partial: short enough to balance threads and the blocks of a grid, long enough
+// (128 KiB and more) to hide its fixed cost. fastclip/backends/triton_.py has the same.
+constexpr int kChunkSize = 65536;
+
 // A number in memory, of any of the dtypes.
 struct Number {
   void* data;
@@ -62,7 +66,7 @@ FASTCLIP_HD inline double identity(NormKind kind) { return kind == NormKind::kMi
 FASTCLIP_HD inline double max_nan(double a, double b) { return a >= b || a != a ? a : b; }
 FASTCLIP_HD inline double min_nan(double a, double b) { return a <= b || a != a ? a : b; }
 
-// Combines partials: of chunks in chunk order, then of groups or ranks.
+// Combines partials: of chunks in chunk order, then of devices or ranks.
 FASTCLIP_HD inline double combine(NormKind kind, double a, double b) {
   if (kind == NormKind::kMax) return max_nan(a, b);
   if (kind == NormKind::kMin) return min_nan(a, b);

@@ -5,14 +5,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifndef Py_PYTHON_H
 extern "C" {
 
+// CI compiles the rest beside Python's own header, and compares what that has of these.
+#ifndef Py_PYTHON_H
 // The head of every object, which the stable ABI fixes for interpreters that have a GIL.
 struct PyObject {
   intptr_t references;
   PyObject* type;
 };
+struct PyTypeObject;
 struct PyThreadState;
 struct PyMethodDef {
   const char* name;
@@ -29,6 +31,7 @@ struct PyGetSetDef {
 };
 constexpr int METH_FASTCALL = 0x80;
 constexpr int Py_tp_getset = 73;
+#endif
 
 #define FASTCLIP_PYTHON __attribute__((weak))
 
@@ -50,7 +53,7 @@ FASTCLIP_PYTHON PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
 FASTCLIP_PYTHON PyObject* PyObject_CallObject(PyObject* callable, PyObject* arguments);
 FASTCLIP_PYTHON int PyObject_IsTrue(PyObject*);
 
-FASTCLIP_PYTHON void* PyType_GetSlot(PyObject* type, int slot);
+FASTCLIP_PYTHON void* PyType_GetSlot(PyTypeObject*, int slot);
 
 FASTCLIP_PYTHON PyObject* PyList_New(intptr_t size);
 FASTCLIP_PYTHON intptr_t PyList_Size(PyObject*);
@@ -77,4 +80,3 @@ FASTCLIP_PYTHON int PyGC_Enable();
 FASTCLIP_PYTHON PyThreadState* PyEval_SaveThread();
 FASTCLIP_PYTHON void PyEval_RestoreThread(PyThreadState*);
 }
-#endif

@@ -36,7 +36,8 @@ struct Property {
 Property grad_of, version_of;
 
 Property find_property(PyObject* tensor_base, const char* name) {
-  const auto* definition = static_cast<const PyGetSetDef*>(PyType_GetSlot(tensor_base, Py_tp_getset));
+  auto* const type = reinterpret_cast<PyTypeObject*>(tensor_base);
+  const auto* definition = static_cast<const PyGetSetDef*>(PyType_GetSlot(type, Py_tp_getset));
   while (definition != nullptr && definition->name != nullptr && std::strcmp(definition->name, name) != 0) ++definition;
   if (definition == nullptr || definition->name == nullptr)
     throw std::runtime_error(std::string("fastclip: torch's tensors have no ") + name);

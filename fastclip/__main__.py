@@ -101,6 +101,6 @@ if __name__ == "__main__":
     except BrokenPipeError:
         # `| head` has what it wanted: whatever is printed from here on, python's own last flush included, goes nowhere.
         status = 1
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a stdout that is closed takes nothing anyway
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

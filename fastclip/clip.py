@@ -271,6 +271,7 @@ def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequen
 def _to_float(value: object, argument: str) -> float:
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
+    # Whatever the caller's number raises is raised again, with the name of the argument.
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         kind = next(k for k in (TypeError, ValueError, OverflowError, RuntimeError) if isinstance(error, k))
         raise kind(f"{argument}: expected a number, got {value!r}") from error

@@ -1,6 +1,6 @@
 """What test_triton.py runs in processes of their own, under TRITON_INTERPRET=1: the kernels on CPU tensors.
 
-It proves values, offsets, masks and the plan. It proves nothing about the compiler, about speed, or about memory order
+It proves values, offsets, masks and the table. It proves nothing about the compiler, about speed, or about memory order
 between programs, which run one after the other here.
 """
 

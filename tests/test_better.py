@@ -13,7 +13,7 @@ import torch.nn.utils as torchs
 
 import fastclip
 import reference
-from cases import parameters, random
+from cases import CHUNK, parameters, random
 from subproc import call
 
 
@@ -290,7 +290,7 @@ def clip_read_only_pages() -> str:
         return parameters([grad])
 
     with fastclip.use_backend("cpu"):
-        quarters = np.full(3 * 65_536, 0.25, dtype=np.float32)
+        quarters = np.full(3 * CHUNK, 0.25, dtype=np.float32)
         made = read_only(quarters)
         fastclip.clip_grad_norm_(made, 1e9)
         fastclip.clip_grad_norm_(made, math.inf, math.inf)

@@ -89,7 +89,7 @@ def test_memory_that_runs_out_is_an_error(name):
 
 def _growth(step) -> int:
     gc.freeze()  # or each collection takes long
-    for turn in range(16):
+    for turn in range(14):
         if turn == 4:
             before = _statm()[1]
         step()
@@ -105,7 +105,7 @@ LEAKS = {
 
 
 def growth(kind: str, at: int) -> int:
-    """Bytes that are still held after 12 steps of 4 MiB of gradients each."""
+    """Bytes that are still held after 10 steps of 4 MiB of gradients each."""
 
     def step():
         tensors = [torch.ones(1 << 19), torch.ones(1 << 19)]
@@ -158,7 +158,12 @@ def zero_tensor():
     return torch._efficientzerotensor(4)
 
 
-def of_no_memory(kind: str, name: str, watched: bool, at: int):
+def of_no_memory(kind: str, name: str) -> dict:
+    """As below, for the first and the last place in the list, watched and not."""
+    return {(watched, at): _of_no_memory(kind, name, watched, at) for watched in (False, True) for at in (0, 2)}
+
+
+def _of_no_memory(kind: str, name: str, watched: bool, at: int):
     """The error of a call, and what was next to the tensor without memory."""
     grads = [torch.tensor([3.0, 4.0]), torch.tensor([5.0], dtype=torch.bfloat16)]
     others, versions = list(grads), [g._version for g in grads]
@@ -174,31 +179,30 @@ def of_no_memory(kind: str, name: str, watched: bool, at: int):
     return error, value, [g.tolist() for g in others], [g._version for g in others] == versions
 
 
-@pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_storage_resized_to_nothing(name, watched, at):
+def test_storage_resized_to_nothing(name):
     """As FSDP leaves parameters that it has given back: torch crashes, here it is an error that says which."""
-    error, _, others, same_versions = in_a_child(of_no_memory, "resized", name, watched, at)
-    assert error.startswith(("RuntimeError", "ValueError"))
-    assert "gradient of shape (4,)" in error
-    assert others == [[3.0, 4.0], [5.0]]
-    assert same_versions
+    for where, (error, _, others, same_versions) in in_a_child(of_no_memory, "resized", name).items():
+        with reference.during(where):
+            assert error.startswith(("RuntimeError", "ValueError"))
+            assert "gradient of shape (4,)" in error
+            assert others == [[3.0, 4.0], [5.0]]
+            assert same_versions
 
 
-@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_zero_tensors(name, watched):
+def test_zero_tensors(name):
     """They have a norm and cannot be written, as in torch; nothing else is written then."""
-    error, value, others, same_versions = in_a_child(of_no_memory, "zero", name, watched, 2)
-    if name == "get_total_norm":
-        assert error == ""
-        reference.assert_norm(torch.tensor(value), math.sqrt(50))
-    else:
-        assert error.startswith("RuntimeError")
-        assert "ZeroTensor" in error
-    assert others == [[3.0, 4.0], [5.0]]
-    assert same_versions
+    for where, (error, value, others, same_versions) in in_a_child(of_no_memory, "zero", name).items():
+        with reference.during(where):
+            if name == "get_total_norm":
+                assert error == ""
+                reference.assert_norm(torch.tensor(value), math.sqrt(50))
+            else:
+                assert error.startswith("RuntimeError")
+                assert "ZeroTensor" in error
+            assert others == [[3.0, 4.0], [5.0]]
+            assert same_versions
 
 
 # Callers that interfere
@@ -243,7 +247,13 @@ class Interfering:
         return 1.0
 
 
-def call_with_a_number_that_interferes(name: str, how: str) -> list:
+def calls_with_a_number_that_interferes(name: str) -> dict:
+    """As below, for each way to interfere."""
+    ways = ("freed", "resized", "cleared", "replaced", "kept")
+    return {how: _call_with_a_number_that_interferes(name, how) for how in ways}
+
+
+def _call_with_a_number_that_interferes(name: str, how: str) -> list:
     """What is in new memory that took the place of that which was freed, after the call."""
     made = parameters([torch.full((1 << 18,), 2.0) for _ in range(8)])
     spies = []
@@ -277,14 +287,14 @@ def call_with_a_number_that_interferes(name: str, how: str) -> list:
     return [bool((spy == 9.0).all()) for spy in spies]
 
 
-@pytest.mark.parametrize("how", ["freed", "resized", "cleared", "replaced", "kept"])
 @pytest.mark.parametrize(
     "name",
     ["max_norm", "max_norm, checked", "norm_type", "norm_type of tensors", "max_norm beside a norm", "clip_value"],
 )
-def test_a_number_that_interferes(name, how):
+def test_a_number_that_interferes(name):
     """Numbers are asked before any pointer is taken: nothing that is gone is read or written."""
-    assert all(in_a_child(call_with_a_number_that_interferes, name, how, env=UNMAPPED_AT_ONCE))
+    untouched = in_a_child(calls_with_a_number_that_interferes, name, env=UNMAPPED_AT_ONCE)
+    assert all(map(all, untouched.values())), untouched
 
 
 # Who watches
@@ -535,14 +545,13 @@ BOUNDS = {
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("call", BOUNDS.values(), ids=BOUNDS)
-def test_compile_with_a_tensor_for_a_bound(call, backend):
+def test_compile_with_a_tensor_for_a_bound(call):
     """One graph, in which the bound stays a tensor: another one is another bound."""
 
     def run(F, bounds):
         torch._dynamo.reset()
-        compiled = torch.compile(lambda made, bound: call(F, made, bound), backend=backend, fullgraph=True)
+        compiled = torch.compile(lambda made, bound: call(F, made, bound), backend="aot_eager", fullgraph=True)
         results = []
         for bound in bounds:
             grads = [torch.tensor([3.0, 4.0]), torch.tensor([0.1, -9.0])]
@@ -831,7 +840,7 @@ def test_finalizers_that_interfere():
 def test_a_dtype_that_holds_no_number(backend, fence):
     grads = [torch.tensor([3.0, 4.0])]
     before = fence(grads)
-    with fastclip.use_backend(backend), pytest.raises(ValueError, match="norm_dtype: expected a dtype of single numbers"):
+    with fastclip.use_backend(backend), pytest.raises(ValueError, match="norm_dtype: expected"):
         fastclip.clip_grad_norm_(parameters(grads), 1.0, norm_dtype=torch.float4_e2m1fn_x2)
     assert before.unchanged()
 

@@ -52,15 +52,15 @@ struct Layout {
   }
 };
 
-enum class Order { kForward, kBackward };
+enum class Walk { kForward, kBackward };
 
 // Calls launch(arguments), whose table is filled, for each kernel that the dense tensors take.
 template <class OwnArguments, class Launch>
-void for_each_table(const TensorViews& dense, Order order, const Launch& launch) {
+void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
   constexpr size_t kCapacity = LongTable::kCapacity;
   const size_t tables = (dense.size() + kCapacity - 1) / kCapacity;
   for (size_t t = 0; t < tables; ++t) {
-    const size_t first = (order == Order::kForward ? t : tables - 1 - t) * kCapacity;
+    const size_t first = (walk == Walk::kForward ? t : tables - 1 - t) * kCapacity;
     if (dense.size() - first <= ShortTable::kCapacity) {
       Arguments<OwnArguments, ShortTable> arguments;
       arguments.table.fill(dense, first);
@@ -101,7 +101,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
     check(cudaMemsetAsync(partials, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "cudaMemsetAsync");
   }
   double* next = partials;
-  for_each_table<NormArguments>(layout.dense, Order::kForward, [&](auto& arguments) {
+  for_each_table<NormArguments>(layout.dense, Walk::kForward, [&](auto& arguments) {
     arguments.own = {next, norm_type};
     launch_norm(kind, are_norms, arguments, queue);
     next += kind == NormKind::kCount ? arguments.table.tensors : arguments.table.chunks;
@@ -136,7 +136,7 @@ class Writes {
     for (const Layout& round : rounds_) {
       write_strided(round.strided, clip_coef, {}, queue);
       // Backwards: what the norm read last is still in L2.
-      for_each_table<const double*>(round.dense, Order::kBackward, [&](auto& arguments) {
+      for_each_table<const double*>(round.dense, Walk::kBackward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
         arguments.own = clip_coef;
         launch_write("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
@@ -147,7 +147,7 @@ class Writes {
   void clamp(Bounds bounds, Queue queue) {
     for (const Layout& round : rounds_) {
       write_strided(round.strided, nullptr, bounds, queue);
-      for_each_table<Bounds>(round.dense, Order::kForward, [&](auto& arguments) {
+      for_each_table<Bounds>(round.dense, Walk::kForward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
         arguments.own = bounds;
         launch_write("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);

@@ -26,7 +26,7 @@ from . import eager
 
 NAME = "triton"
 ENGINE = None
-# Elements for each partial, as on the CPU.
+# Elements of a chunk, as kChunkSize in csrc/clip.h.
 CHUNK = 65_536
 WARPS = 4
 # Lanes of a block of work, each with a vector of 16 bytes.
@@ -86,31 +86,31 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-# The plan: plain Python, no device.
+# The table: plain Python, no device.
 
 
-class Group(NamedTuple):
-    """The tensors of one dtype, for one launch."""
+class Launch(NamedTuple):
+    """The tensors of one dtype, which one launch takes."""
 
     dtype: torch.dtype
     offset: int  # of its words in the table
     chunks: int
 
 
-class Plan(NamedTuple):
-    words: array  # the table, see triton_kernels.py
-    groups: list[Group]
+class Table(NamedTuple):
+    words: array  # see triton_kernels.py
+    launches: list[Launch]
     slots: int
 
 
-def make_plan(
+def make_table(
     spans: Sequence[tuple[int, int, torch.dtype]],
     chunk: int,
     *,
     norm_type: float = 2.0,
     max_norm: float = 0.0,
     bounds: Callable[[torch.dtype], tuple[float, float]] | None = None,
-) -> Plan:
+) -> Table:
     """Lays out the table of a list.
 
     Args:
@@ -130,13 +130,13 @@ def make_plan(
         slot += own if norm_type else 1
     root = 1 / norm_type if norm_type else 0.0
     words = array("q", (slot, *_bits(norm_type, root, max_norm)))
-    groups = []
-    for dtype, group_rows in rows.items():
-        groups.append(Group(dtype, len(words), chunks[dtype]))
+    launches = []
+    for dtype, own_rows in rows.items():
+        launches.append(Launch(dtype, len(words), chunks[dtype]))
         numbers = bounds(dtype) if bounds else (norm_type, 0.0)
-        words.extend((len(group_rows) // 4, chunks[dtype], *_bits(*numbers)))
-        words.extend(group_rows)
-    return Plan(words, groups, slot)
+        words.extend((len(own_rows) // 4, chunks[dtype], *_bits(*numbers)))
+        words.extend(own_rows)
+    return Table(words, launches, slot)
 
 
 def overlap(spans: Iterable[tuple[int, int, torch.dtype]]) -> bool:
@@ -205,11 +205,11 @@ def _pinned(size: int, device: torch.device) -> Tensor:
 
 
 def _to_device(words: array, device: torch.device) -> Tensor:
-    table = torch.frombuffer(words, dtype=torch.int64)
+    here = torch.frombuffer(words, dtype=torch.int64)
     if device.type == "cpu":
-        return table
+        return here
     pinned = _pinned(len(words), device)
-    pinned.copy_(table)
+    pinned.copy_(here)
     return pinned.to(device, non_blocking=True)
 
 
@@ -231,21 +231,21 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch(kernel, plan: Plan, table: Tensor, *tensors: Tensor) -> None:
-    for group in plan.groups:
-        _launch_group(kernel, group, table, *tensors)
+def _launch_all(kernel, table: Table, words: Tensor, *tensors: Tensor) -> None:
+    for launch in table.launches:
+        _launch(kernel, launch, words, *tensors)
 
 
-def _launch_group(kernel, group: Group, table: Tensor, *tensors: Tensor, **constants) -> None:
+def _launch(kernel, launch: Launch, words: Tensor, *tensors: Tensor, **constants) -> None:
     from . import triton_kernels
 
-    getattr(triton_kernels, kernel)[(_programs(table.device, group.chunks),)](
-        table[group.offset :],
+    getattr(triton_kernels, kernel)[(_programs(words.device, launch.chunks),)](
+        words[launch.offset :],
         *tensors,
         **constants,
-        DTYPE=_element(group.dtype),
+        DTYPE=_element(launch.dtype),
         CHUNK=CHUNK,
-        BLOCK=LANES * 16 // group.dtype.itemsize,
+        BLOCK=LANES * 16 // launch.dtype.itemsize,
         num_warps=WARPS,
         # A fused multiply-add would undo the exact sums.
         enable_fp_fusion=False,
@@ -259,8 +259,8 @@ def _element(dtype: torch.dtype):
 
 
 def _launch_norm(
-    plan: Plan,
-    table: Tensor,
+    table: Table,
+    words: Tensor,
     norm_type: float,
     out: Tensor,
     clip_coef: Tensor | None = None,
@@ -272,14 +272,14 @@ def _launch_norm(
 
     kind = norm_kind(norm_type)
     new = torch.zeros if norm_type == 0 else torch.empty
-    partials = new(plan.slots, dtype=_WIDE, device=table.device)
+    partials = new(table.slots, dtype=_WIDE, device=words.device)
     power = root and is_power(norm_type)
-    in_units = [power and eager.powers_leave_float64(group.dtype, norm_type) for group in plan.groups]
+    in_units = [power and eager.powers_leave_float64(launch.dtype, norm_type) for launch in table.launches]
     norms = any(in_units)
-    for group, in_unit in zip(plan.groups, in_units, strict=True):
-        _launch_group("norm_partial_kernel", group, table, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
+    for launch, in_unit in zip(table.launches, in_units, strict=True):
+        _launch("norm_partial_kernel", launch, words, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
     triton_kernels.norm_finalize_kernel[(1,)](
-        table,
+        words,
         partials,
         out,
         out if clip_coef is None else clip_coef,
@@ -298,9 +298,9 @@ def _norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
     if not spans:
         return torch.full((), math.inf if norm_type == -math.inf else 0.0, dtype=_WIDE, device=device)
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        table = make_table(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, _to_device(plan.words, device), norm_type, out, root=False)
+        _launch_norm(table, _to_device(table.words, device), norm_type, out, root=False)
     return out
 
 
@@ -310,9 +310,9 @@ def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     if not spans:
         return torch.zeros((), dtype=_WIDE, device=device)
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        table = make_table(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, _to_device(plan.words, device), norm_type, out)
+        _launch_norm(table, _to_device(table.words, device), norm_type, out)
     return out
 
 
@@ -326,8 +326,8 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
     for together in _in_turn(spans):
         if together:
             with _on(clip_coef.device):
-                plan = make_plan(together, CHUNK)
-                _launch("scale_kernel", plan, _to_device(plan.words, clip_coef.device), clip_coef.to(_WIDE))
+                table = make_table(together, CHUNK)
+                _launch_all("scale_kernel", table, _to_device(table.words, clip_coef.device), clip_coef.to(_WIDE))
 
 
 def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
@@ -340,8 +340,8 @@ def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
         return _scale_(tensors, torch.full((), math.nan, dtype=_WIDE, device=device))
     for together in _in_turn(spans):
         with _on(device):
-            plan = make_plan(together, CHUNK, bounds=rounded.__getitem__)
-            _launch("clamp_kernel", plan, _to_device(plan.words, device))
+            table = make_table(together, CHUNK, bounds=rounded.__getitem__)
+            _launch_all("clamp_kernel", table, _to_device(table.words, device))
 
 
 def _round(bound: float, dtype: torch.dtype) -> float:
@@ -362,15 +362,15 @@ def _clip_grad_norm_(
     if dtype not in _DTYPES:
         raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
-        table = _to_device(plan.words, device)
+        table = make_table(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
+        words = _to_device(table.words, device)
         out = torch.empty((), dtype=dtype, device=device)
         clip_coef = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, table, norm_type, out, clip_coef)
+        _launch_norm(table, words, norm_type, out, clip_coef)
         if overlap(spans):
             _scale_(grads, clip_coef)
         else:
-            _launch("scale_kernel", plan, table, clip_coef)
+            _launch_all("scale_kernel", table, words, clip_coef)
     return out
 
 

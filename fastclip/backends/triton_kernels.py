@@ -1,10 +1,10 @@
-"""The Triton kernels. Their plan is in triton_.py; their meaning is that of csrc/clip.h, whose names they share.
+"""The Triton kernels. Their table is made in triton_.py; their meaning is that of csrc/clip.h, whose names they share.
 
 Tensors arrive in a table of int64 words, float64 numbers as their bits, so that no scalar is specialised or narrowed::
 
     list    slots, bits of p, bits of 1 / p, bits of max_norm
-    group   tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
-    row     chunks before it in its group, address, elements, its first slot               one for each tensor
+    launch  tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
+    row     chunks before it in its launch, address, elements, its first slot              one for each tensor
 
 A chunk is CHUNK elements of one tensor and has one slot, in the order of the list, for its partial: results depend on
 neither the grid nor the dtypes beside them. Inside a chunk the body starts at a multiple of 16 bytes and holds whole
@@ -25,7 +25,7 @@ COUNT = tl.constexpr(4)
 POW = tl.constexpr(5)
 
 LIST_WORDS = tl.constexpr(4)
-GROUP_WORDS = tl.constexpr(4)
+LAUNCH_WORDS = tl.constexpr(4)
 ROW_WORDS = tl.constexpr(4)
 
 _VECTOR_BYTES = tl.constexpr(16)
@@ -43,17 +43,17 @@ def _load_float(word):
 
 
 @triton.jit
-def _find_row(group, chunk):
+def _find_row(launch, chunk):
     """The last row with no more than `chunk` chunks before it."""
     low = tl.zeros([], tl.int64)
-    high = tl.load(group)
+    high = tl.load(launch)
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(group + 4 + middle * 4) <= chunk:
+        if tl.load(launch + 4 + middle * 4) <= chunk:
             low = middle
         else:
             high = middle
-    return group + 4 + low * 4
+    return launch + 4 + low * 4
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def _extremes(body, count, head, tail, KIND: tl.constexpr, BITS: tl.constexpr, B
 
 @triton.jit
 def norm_partial_kernel(
-    group,
+    launch,
     partials,
     KIND: tl.constexpr,
     NORMS: tl.constexpr,
@@ -257,18 +257,18 @@ def norm_partial_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One partial for each chunk of a group: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
+    """One partial for each chunk of a launch: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
 
     With NORMS, which is for POW, the norm of the chunk, whose powers are summed IN_UNIT of an extreme.
     """
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
-    chunks = tl.load(group + 1)
-    p = _load_float(group + 2)
+    chunks = tl.load(launch + 1)
+    p = _load_float(launch + 2)
     chunk = tl.program_id(0).to(tl.int64)
     while chunk < chunks:
-        row = _find_row(group, chunk)
+        row = _find_row(launch, chunk)
         slot = partials + tl.load(row + 3)
         if KIND == 2 or KIND == 3 or KIND == 4:
             body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
@@ -391,13 +391,13 @@ def _scale_block(x, coef, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scale_wide(group, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_wide(launch, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x *= coef in float64, for a coefficient below float32."""
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     lane = tl.arange(0, BLOCK)
     chunk = tl.program_id(0).to(tl.int64)
-    while chunk < tl.load(group + 1):
-        row = _find_row(group, chunk)
+    while chunk < tl.load(launch + 1):
+        row = _find_row(launch, chunk)
         body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
         for start in range(-head, count + tail, BLOCK):
             exists = start + lane < count + tail
@@ -407,7 +407,7 @@ def _scale_wide(group, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(launch, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic."""
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -415,14 +415,14 @@ def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLO
     wide = tl.load(clip_coef)
     coef = wide.to(OPMATH)
     if (wide != 0.0) & (tl.abs(wide) < _LEAST_NORMAL) & (DTYPE != tl.float64):
-        _scale_wide(group, wide, DTYPE, CHUNK, BLOCK)
+        _scale_wide(launch, wide, DTYPE, CHUNK, BLOCK)
     elif coef != 1.0:
-        chunks = tl.load(group + 1)
+        chunks = tl.load(launch + 1)
         lane = tl.arange(0, BLOCK)
         # Backwards: what the norm read last is still in cache.
         chunk = chunks - 1 - tl.program_id(0)
         while chunk >= 0:
-            row = _find_row(group, chunk)
+            row = _find_row(launch, chunk)
             body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
             unrolled = count // (4 * BLOCK) * (4 * BLOCK)
             for start in range(0, unrolled, 4 * BLOCK):
@@ -457,19 +457,19 @@ def _clamp_vectors(place, x, exists, low, high, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def clamp_kernel(group, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def clamp_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x = min(max(x, low), high), which keeps NaN; writes only the vectors of 16 bytes that change."""
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
-    chunks = tl.load(group + 1)
-    low = _load_float(group + 2).to(OPMATH)
-    high = _load_float(group + 3).to(OPMATH)
+    chunks = tl.load(launch + 1)
+    low = _load_float(launch + 2).to(OPMATH)
+    high = _load_float(launch + 3).to(OPMATH)
     vector = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
     lane = vector + tl.arange(0, VECTOR)[None, :]
     chunk = tl.program_id(0).to(tl.int64)
     while chunk < chunks:
-        row = _find_row(group, chunk)
+        row = _find_row(launch, chunk)
         body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
         unrolled = count // (4 * BLOCK) * (4 * BLOCK)
         for start in range(0, unrolled, 4 * BLOCK):

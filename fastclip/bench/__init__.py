@@ -87,12 +87,12 @@ def _entry(case: Case) -> dict[str, Any]:
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     saved = options.save and options.save / report.saved_name(result["conditions"])
     writers = (
-        (options.json, ".json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
+        (options.json, None, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
         (None, ".md", lambda path: path.write_text(report.markdown(result))),
         (options.plot, ".png", lambda path: charts.ratio_chart(result, path)),
     )
     for named, suffix, write in writers:
-        for path in filter(None, (named, saved and saved.with_name(saved.name + suffix))):
+        for path in filter(None, (named, saved and suffix and saved.with_name(saved.name + suffix))):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
             print(f"wrote {path}")
@@ -164,7 +164,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         "--save",
         type=_folder,
         metavar="DIR",
-        help="write JSON, markdown and chart, named by date, and the GPU, or CPU and cores",
+        help="write markdown and chart, named by date, and the GPU, or CPU and cores",
     )
     options = parser.parse_args(argv)
     for name, least in (("rounds", 2), ("threads", 1)):

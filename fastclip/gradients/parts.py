@@ -131,7 +131,7 @@ def members_of(section: reading.Section, foreach: bool | None, writes: bool, sym
 
 
 def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
-    """Groups tensors by backend and device, keeping their order inside each group.
+    """Sorts tensors by backend and device, keeping their order inside each part.
 
     Args:
         tensors: plain tensors, or what a trace puts in their place.
