@@ -56,7 +56,7 @@ FASTCLIP_PYTHON PyObject* PyList_GetItem(PyObject*, intptr_t);  // borrowed
 FASTCLIP_PYTHON int PyList_Append(PyObject*, PyObject*);
 FASTCLIP_PYTHON PyObject* PyTuple_New(intptr_t size);
 FASTCLIP_PYTHON intptr_t PyTuple_Size(PyObject*);
-FASTCLIP_PYTHON PyObject* PyTuple_GetItem(PyObject*, intptr_t);  // borrowed
+FASTCLIP_PYTHON PyObject* PyTuple_GetItem(PyObject*, intptr_t);       // borrowed
 FASTCLIP_PYTHON int PyTuple_SetItem(PyObject*, intptr_t, PyObject*);  // steals
 FASTCLIP_PYTHON PyObject* PyDict_New();
 FASTCLIP_PYTHON int PyDict_SetItemString(PyObject*, const char* key, PyObject*);
