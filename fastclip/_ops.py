@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from . import _install
+
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
@@ -110,7 +112,7 @@ def _load(name: str, without: str) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads a compiled library: (library, None), or (None, the reason why not)."""
     path = Path(__file__).with_name(name)
     if not path.exists():
-        return None, f"{name} was not built (no {without} at install time)"
+        return None, _install.why_not_built(name, without)
     try:
         return ctypes.CDLL(str(path)), None
     except OSError as error:

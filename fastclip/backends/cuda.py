@@ -16,10 +16,11 @@ from .eager import total_norm as total_norm
 NAME = "cuda"
 DEVICE = "cuda"
 ENGINE = _ops.cuda_engine
+NO_DEVICE = "the NVIDIA driver shows torch no device it can use"
 
 
 def unavailable() -> str | None:
-    return _ops.cuda_unavailable
+    return _ops.cuda_unavailable or (None if torch.cuda.is_available() else NO_DEVICE)
 
 
 def unsupported(device: int) -> str | None:
