@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .._ops import clamp_, clip_grad_norm_, norm_partial, sanitize_, scale_
 from .eager import total_norm
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "clip_grad_norm_",
     "norm_partial",
     "refuses",
+    "sanitize_",
     "scale_",
     "total_norm",
     "unavailable",

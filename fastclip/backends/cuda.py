@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .._ops import clamp_, clip_grad_norm_, norm_partial, sanitize_, scale_
 from . import cpu
 from .eager import total_norm
 
@@ -18,6 +18,7 @@ __all__ = [
     "clip_grad_norm_",
     "norm_partial",
     "refuses",
+    "sanitize_",
     "scale_",
     "total_norm",
     "unavailable",

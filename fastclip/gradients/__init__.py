@@ -11,11 +11,25 @@ from .. import _dispatch, distributed
 from ..backends import eager
 from ..distributed import ProcessGroup
 from . import parts, reading
-from .contract import Clip, Foreign, Gradients, Group, Nothing
+from .contract import PROPAGATE, SANITIZE, ZERO, Clip, Foreign, Gradients, Group, Nothing
 from .parts import of_tensors
 from .sharded import Routed, Sharded, reduced_norm
 
-__all__ = ["Clip", "Foreign", "Gradients", "Group", "Nothing", "Routed", "is_known", "of", "of_tensors", "reduced_norm"]
+__all__ = [
+    "PROPAGATE",
+    "SANITIZE",
+    "ZERO",
+    "Clip",
+    "Foreign",
+    "Gradients",
+    "Group",
+    "Nothing",
+    "Routed",
+    "is_known",
+    "of",
+    "of_tensors",
+    "reduced_norm",
+]
 
 
 def of(
