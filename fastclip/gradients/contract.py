@@ -72,8 +72,8 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
 class Gradients:
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``scale_``, ``sanitize_`` and ``clamp_``; the rest follows from them, and a list
-    that knows a shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``scale_``, ``sanitize_`` and ``clamp_``; the rest follows from them, and a
+    list that knows a shorter way for a whole call overrides it.
     """
 
     __slots__ = ()
