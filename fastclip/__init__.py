@@ -2,6 +2,7 @@
 
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
+from .optimizers import clip_on_step, clip_optimizer, clippable
 from .patch import patch, unpatch
 
 __version__ = "0.1.0"
@@ -10,6 +11,9 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clip_on_step",
+    "clip_optimizer",
+    "clippable",
     "get_total_norm",
     "patch",
     "unpatch",
