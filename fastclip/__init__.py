@@ -1,5 +1,7 @@
 """fastclip: torch's gradient clipping in as few passes over memory as the hardware allows."""
 
+import importlib
+
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
 from .optimizers import clip_on_step, clip_optimizer, clippable
@@ -20,3 +22,9 @@ __all__ = [
     "use_backend",
     "why",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("amp", "integrations"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

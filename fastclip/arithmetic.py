@@ -66,7 +66,7 @@ def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     """
     if torch.compiler.is_compiling():  # it may know no value of max_norm
         coef = ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
-        return torch.where(torch.full_like(total_norm, max_norm) == math.inf, 1.0, coef)
+        return torch.where(torch.ones_like(total_norm) * max_norm == math.inf, 1.0, coef)
     if max_norm == math.inf:
         return torch.ones_like(total_norm)
     return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)

@@ -83,7 +83,7 @@ def clip_grad_norm_(
 
     Follows :func:`torch.nn.utils.clip_grad_norm_`; the method is that of Pascanu et al. (arXiv:1211.5063).
     """
-    parameters = _as_list(parameters)
+    parameters = as_list(parameters)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
     options = ()
@@ -140,7 +140,7 @@ def get_total_norm(
 
     Follows :func:`torch.nn.utils.get_total_norm`.
     """
-    tensors = _as_list(tensors, warn=False)
+    tensors = as_list(tensors, warn=False)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
     grads = gradients.of(tensors, foreach, process_group, is_duplicate, gradients=False, writes=False)
@@ -182,7 +182,7 @@ def clip_grads_with_norm_(
 
     Follows :func:`torch.nn.utils.clip_grads_with_norm_`.
     """
-    parameters = _as_list(parameters, warn=False)
+    parameters = as_list(parameters, warn=False)
     max_norm = _to_float(max_norm, "max_norm")
     grads = _of(parameters, foreach)
     if not grads.tensors:
@@ -236,7 +236,7 @@ def clip_grad_value_(
     Follows :func:`torch.nn.utils.clip_grad_value_`.
     """
     clip_value = _to_float(clip_value, "clip_value")
-    parameters = _as_list(parameters, warn=False)
+    parameters = as_list(parameters, warn=False)
     if nonfinite != "propagate" or found_inf is not None or inv_scale is not None:
         clip = Clip(math.inf, math.inf, *_options(nonfinite, found_inf, inv_scale, among=("propagate", "zero")))
         symmetric = torch.compiler.is_compiling() or clip_value >= 0
@@ -263,7 +263,7 @@ def why(parameters: Tensor | Iterable[Tensor]) -> list[gradients.Group]:
         >>> fastclip.why([weight])[0].backend
         'eager'
     """
-    return list(_of(_as_list(parameters, warn=False)).groups())
+    return list(_of(as_list(parameters, warn=False)).groups())
 
 
 def _of(
@@ -284,7 +284,8 @@ def _of(
     return grads
 
 
-def _as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
+def as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequence[Tensor]:
+    """What a function is given, as a sequence; warns of an empty generator, as torch does."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if type(parameters) is list:

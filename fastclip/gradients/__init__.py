@@ -26,6 +26,7 @@ __all__ = [
     "Nothing",
     "Routed",
     "is_known",
+    "is_plain",
     "of",
     "of_tensors",
     "reduced_norm",
@@ -69,6 +70,11 @@ def of(
 def is_known(tensor: Tensor) -> bool:
     """Whether a tensor is torch's own, or what a trace puts in its place."""
     return type(tensor) in reading.KNOWN
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own, or a DTensor: what clips are computed of here, and not by torch's functions."""
+    return type(tensor) in reading.KNOWN or type(tensor) is distributed.dtensor_type()
 
 
 def _foreign(parameters: Sequence[Tensor], gradients: bool, foreach: bool | None, asked: bool) -> Foreign:
