@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.fabric.plugins.precision.utils import _optimizer_handles_unscaling
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
@@ -45,7 +44,7 @@ class ClippedMixedPrecision(MixedPrecision):
         parameters = self.main_params(optimizer)
         if clip_val <= 0:
             return
-        if self.scaler is not None and _optimizer_handles_unscaling(optimizer):
+        if self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             if by_norm:
                 unscale_and_clip_grad_norm_(self.scaler, optimizer, parameters, clip_val)
                 return
