@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import distributed, gradients
 from .arithmetic import as_number, clip_coef, wide_dtype
-from .gradients import PROPAGATE, ZERO, Clip, Gradients
+from .gradients import PROPAGATE, ZERO, Clip, Gradients, Nothing
 
 _POLICIES = ("propagate", "raise", "zero", "skip")
 _clipped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -346,7 +346,9 @@ class StepClip:
             return grads.clip_scaled_value_(clip, -self._clip_value, self._clip_value)
         clip = Clip(self._max_norm, self._norm_type, nonfinite, None, inv_scale)
         lists = [gradients.of([parameter]) for parameter in parameters]  # all are checked before one is written
-        norms = [distributed.full(each.clip_grad_norm_(clip, _wide(each))) for each in lists if each.tensors]
+        norms = [
+            distributed.full(each.clip_grad_norm_(clip, _wide(each))) for each in lists if type(each) is not Nothing
+        ]
         if norms:
             norms = torch.stack([norm.to(norms[0].device) for norm in norms])
             self.total_norm = torch.linalg.vector_norm(norms, self._norm_type)

@@ -160,7 +160,8 @@ class Gradients:
         """The same after what ``clip``, of the infinite norm and an infinite bound, asks for."""
         self.check_clamp(low, high)
         if clip.nonfinite == PROPAGATE and clip.found_inf is None:
-            self.scale_(as_number(clip.inv_scale, self.tensors[0].device))
+            near = self.tensors[0].device if self.tensors else torch.device("cpu")
+            self.scale_(as_number(clip.inv_scale, near))
         else:
             self.clip_by_(clip, self.norm_of(clip))
         self.clamp_(low, high)
