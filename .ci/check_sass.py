@@ -42,6 +42,7 @@ KERNELS = {
     "finish_kernel": Bounds(1024, 1),
     "scale_kernel<": Bounds(256, 4, loads=20, stores=20),
     "clamp_kernel<": Bounds(256, 4, loads=20, stores=20),
+    "sanitize_kernel<": Bounds(256, 4, loads=20, stores=20),
     "strided_norm_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
     "coef_kernel": Bounds(1024, 1),

@@ -252,3 +252,30 @@ def test_accelerates_optimizer_is_clipped_on_step(fused):
         return torch.tensor(losses)
 
     torch.testing.assert_close(train(True), train(False), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accelerates_optimizer_with_a_scaler(fused):
+    """What Accelerate's optimizer steps by its scaler may have been unscaled and clipped by us."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra [trainers]")
+    accelerate.Accelerator(cpu=True)
+
+    def train(ours):
+        net, losses = model(), []
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        inner = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+        for inputs, labels in batches():
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(net(inputs), labels)
+            scaler.scale(loss).backward()
+            if ours:
+                fastclip.amp.unscale_and_clip_grad_norm_(scaler, optimizer.optimizer, net.parameters(), MAX_NORM)
+            else:
+                scaler.unscale_(optimizer.optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-5, atol=0)
