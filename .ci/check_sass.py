@@ -46,6 +46,7 @@ KERNELS = {
     "strided_norm_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
     "coef_kernel": Bounds(1024, 1),
+    "norm_coef_kernel": Bounds(1024, 1),
 }
 
 

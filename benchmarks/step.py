@@ -5,8 +5,8 @@
     python benchmarks/step.py --whole                  # the share of the clip in a training step of GPT-2 124M
 
 All ways of a row run in one process, once in each round, in an order that is shuffled every round, on the same
-parameters, gradients and state; times are medians. B is the bytes of all gradients. Gradients are written back before
-each call, outside of the clock.
+parameters, gradients and state; times are first deciles, which other work on the machine moves least. B is the bytes of
+all gradients, which are written back before each call, outside of the clock.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def rows(args: argparse.Namespace) -> None:
                     setup = Setup(case, DTYPES[dtype], optimizer, fused)
                     for clips in (False, True):
                         times = measure(entries_of(setup, fused, clips), plan, CPU)
-                        ms = {way: row["ms"] for way, row in times.items()}
+                        ms = {way: row["p10"] for way, row in times.items()}
                         cells = [
                             f"{ms[way]:.3g} ms, {bytes_of(way, optimizer, fused, clips)}B" if way in ms else ""
                             for way in ways
