@@ -515,11 +515,15 @@ def test_max_skips_arrives():
     weight = torch.nn.Parameter(torch.randn(8, generator=generator).to(GPU))
     optimizer = torch.optim.AdamW([weight], fused=True)
     fastclip.clip_on_step(optimizer, 1.0, nonfinite="skip", max_skips=2)
-    with pytest.raises(RuntimeError, match=r"max_skips: at step \d+, \d+ steps in a row"):
+
+    def train():
         for _ in range(5):
             weight.grad = torch.full_like(weight, math.nan)
             optimizer.step()
             torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError, match=r"max_skips: at step \d+, \d+ steps in a row"):
+        train()
 
 
 @pytest.mark.parametrize("defer", ["auto", True, False])
