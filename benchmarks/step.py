@@ -1,8 +1,8 @@
 """Whole optimizer steps: torch's clip and step against each way of fastclip, with the bytes that must move.
 
-    python benchmarks/step.py                          # every case, a table in Markdown; several minutes, 4 GB
-    python benchmarks/step.py --case gpt2 --dtype float32 --optimizer AdamW --seconds 10
-    python benchmarks/step.py --whole                  # the share of the clip in a training step of GPT-2 124M
+    python benchmarks/step.py            # every case, a table in Markdown; 4 GB, and minutes for torch's loop of AdamW
+    python benchmarks/step.py --case gpt2 --dtype float32 --optimizer AdamW --kind fused --seconds 10
+    python benchmarks/step.py --whole    # the share of the clip in a training step of GPT-2 124M
 
 All ways of a row run in one process, once in each round, in an order that is shuffled every round, on the same
 parameters, gradients and state; times are first deciles, which other work on the machine moves least. B is the bytes of
@@ -115,7 +115,7 @@ def rows(args: argparse.Namespace) -> None:
     for case in args.case:
         for dtype in args.dtype:
             for optimizer in args.optimizer:
-                for fused in (True, False):
+                for fused in (kind == "fused" for kind in args.kind):
                     setup = Setup(case, DTYPES[dtype], optimizer, fused)
                     for clips in (False, True):
                         times = measure(entries_of(setup, fused, clips), plan, CPU)
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=("gpt2", "mlp"), default=["gpt2", "mlp"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--optimizer", nargs="+", choices=STEP_BYTES, default=["AdamW", "SGD"])
+    parser.add_argument("--kind", nargs="+", choices=("fused", "loop"), default=["fused", "loop"])
     parser.add_argument("--seconds", type=float, default=6.0, help="for each row")
     parser.add_argument("--whole", action="store_true", help="forward, backward, clip and step of one model")
     parser.add_argument("--batch", type=int, default=2)
