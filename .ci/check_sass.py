@@ -42,6 +42,7 @@ KERNELS = {
     "finish_kernel": Bounds(1024, 1),
     "scale_kernel<": Bounds(256, 4, batches=4, stores=4),
     "clamp_kernel<": Bounds(256, 4, batches=4, stores=4),
+    "sanitize_kernel<": Bounds(256, 4, batches=4, stores=4),
     "strided_norm_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
     "coef_kernel": Bounds(1024, 1),

@@ -53,6 +53,11 @@ struct Arguments {
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw Raised();
     return value;
   }
+  int64_t to_index(intptr_t i) const {
+    const int64_t value = PyLong_AsLongLong((*this)[i]);
+    if (value == -1 && PyErr_Occurred() != nullptr) throw Raised();
+    return value;
+  }
   bool to_bool(intptr_t i) const {
     const int value = PyObject_IsTrue((*this)[i]);
     check(value);

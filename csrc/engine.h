@@ -13,13 +13,16 @@ struct Engine {
   void (*norm_partial)(const Tensors&, double norm_type, Number partial);
   // *norm = the norm over all elements of all tensors, 0 where there are none.
   void (*total_norm)(const Tensors&, double norm_type, Number norm);
-  // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
-  void (*scale)(const Tensors&, Number coef);
+  // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
+  // zeros also of inf and NaN.
+  void (*scale)(const Tensors&, Number coef, bool zero);
+  // x = 0 where x is not finite; writes only what changes.
+  void (*sanitize)(const Tensors&);
   // x *= clip_coef(*norm, max_norm).
   void (*clip_with_norm)(const Tensors&, double max_norm, Number norm);
   // x = min(max(x, low), high) with the bounds rounded to each tensor's dtype; writes only what changes.
   void (*clamp)(const Tensors&, double low, double high);
-  // total_norm, then clip_with_norm by the wide norm.
+  // *norm = the norm of all that Clip asks for, then x *= clip_factor of the wide norm.
   void (*clip_grad_norm)(const Tensors&, const Clip& clip, Number norm);
 };
 

@@ -16,6 +16,18 @@
 
 namespace fastclip {
 
+inline Nonfinite to_nonfinite(int64_t code) {
+  if (code < 0 || code > static_cast<int64_t>(Nonfinite::kSanitize))
+    throw std::runtime_error("fastclip: nonfinite: expected 0 (propagate), 1 (zero) or 2 (sanitize), got " +
+                             std::to_string(code));
+  return static_cast<Nonfinite>(code);
+}
+
+inline Number checked_found_inf(Number number) {
+  if (number.dtype != Dtype::kFloat32) throw std::runtime_error("fastclip: found_inf: expected a float32 tensor");
+  return number;
+}
+
 template <const Engine& kEngine>
 struct Ops {
   using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
@@ -28,12 +40,19 @@ struct Ops {
     leave(stack, std::move(partial));
   }
 
-  // scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
+  // scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()
   static void scale_(StableIValue* stack, uint64_t, uint64_t) {
     const OwnedTensor coef = to_tensor(stack[1]);
     const TensorList list(stack[0]);
     list.check_writable();
-    kEngine.scale(list.tensors(), view_number(coef, list.tensors().device, "clip_coef"));
+    kEngine.scale(list.tensors(), view_number(coef, list.tensors().device, "clip_coef"), from_stack<bool>(stack[2]));
+  }
+
+  // sanitize_(Tensor(a!)[] tensors) -> ()
+  static void sanitize_(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    list.check_writable();
+    kEngine.sanitize(list.tensors());
   }
 
   // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
@@ -46,14 +65,23 @@ struct Ops {
     kEngine.clamp(list.tensors(), low, high);
   }
 
-  // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
+  // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, Tensor(b!)? found_inf=None,
+  //                 Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor
   static void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
-    const std::unique_ptr<StableIValue> asked = to_optional(stack[3]);
+    const std::unique_ptr<StableIValue> asked = to_optional(stack[6]);
+    const OwnedTensor found_inf = to_optional_tensor(stack[4]), inv_scale = to_optional_tensor(stack[5]);
     const TensorList list(stack[0]);
-    const Clip clip{from_stack<double>(stack[1]), from_stack<double>(stack[2])};
+    const Device device = list.tensors().device;
+    Clip clip{from_stack<double>(stack[1]),
+              from_stack<double>(stack[2]),
+              to_nonfinite(from_stack<int64_t>(stack[3])),
+              {},
+              {}};
+    if (found_inf != nullptr) clip.found_inf = checked_found_inf(view_number(found_inf, device, "found_inf"));
+    if (inv_scale != nullptr) clip.inv_scale = view_number(inv_scale, device, "inv_scale");
     list.check_writable();
     const Dtype dtype = asked != nullptr ? to_dtype(*asked) : promoted_dtype(list.tensors().views);
-    OwnedTensor norm = new_tensor(kScalar, dtype, list.tensors().device);
+    OwnedTensor norm = new_tensor(kScalar, dtype, device);
     kEngine.clip_grad_norm(list.tensors(), clip, {data_of(norm), dtype});
     leave(stack, std::move(norm));
   }
@@ -64,6 +92,7 @@ struct Ops {
     if (aoti_torch_library_init_impl(ns, key, __FILE__, __LINE__, &library) != 0 ||
         torch_library_impl(library, "norm_partial", norm_partial, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
+        torch_library_impl(library, "sanitize_", sanitize_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clamp_", clamp_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clip_grad_norm_", clip_grad_norm_, kTorchAbi) != 0)
       throw std::runtime_error("fastclip: registration with torch failed");
@@ -88,11 +117,18 @@ struct Builtins {
     return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
   }
 
-  // scale_(tensors, clip_coef)
+  // scale_(tensors, clip_coef, zero)
   static python::Owned scale_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
     const Number coef = number_of(arguments[1]);
-    return run(tensors, [&] { kEngine.scale(tensors, coef); });
+    const bool zero = arguments.to_bool(2);
+    return run(tensors, [&] { kEngine.scale(tensors, coef, zero); });
+  }
+
+  // sanitize_(tensors)
+  static python::Owned sanitize_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    return run(tensors, [&] { kEngine.sanitize(tensors); });
   }
 
   // clip_with_norm_(tensors, max_norm, norm)
@@ -116,17 +152,22 @@ struct Builtins {
   static python::Owned clip_grad_norm_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
     const Number norm = number_of(arguments[1]);
-    const Clip clip{arguments.to_double(2), arguments.to_double(3)};
+    Clip clip{arguments.to_double(2), arguments.to_double(3), to_nonfinite(arguments.to_index(4)), {}, {}};
+    if (arguments[5] != python::none()) clip.found_inf = checked_found_inf(number_of(arguments[5]));
+    if (arguments[6] != python::none()) clip.inv_scale = number_of(arguments[6]);
     return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
   }
 
   static python::Owned all() {
-    static PyMethodDef methods[] = {python::method<norm_partial>("norm_partial"),
-                                    python::method<total_norm>("total_norm"),
-                                    python::method<scale_>("scale_"),
-                                    python::method<clip_with_norm_>("clip_with_norm_"),
-                                    python::method<clamp_>("clamp_"),
-                                    python::method<clip_grad_norm_>("clip_grad_norm_")};
+    static PyMethodDef methods[] = {
+        python::method<norm_partial>("norm_partial"),
+        python::method<total_norm>("total_norm"),
+        python::method<scale_>("scale_"),
+        python::method<sanitize_>("sanitize_"),
+        python::method<clip_with_norm_>("clip_with_norm_"),
+        python::method<clamp_>("clamp_"),
+        python::method<clip_grad_norm_>("clip_grad_norm_"),
+    };
     return python::functions(methods);
   }
 

@@ -67,6 +67,7 @@ FASTCLIP_PYTHON PyObject* PyDict_New();
 FASTCLIP_PYTHON int PyDict_SetItemString(PyObject*, const char* key, PyObject*);
 
 FASTCLIP_PYTHON PyObject* PyLong_FromLong(long);
+FASTCLIP_PYTHON long long PyLong_AsLongLong(PyObject*);
 FASTCLIP_PYTHON double PyFloat_AsDouble(PyObject*);
 FASTCLIP_PYTHON PyObject* PyUnicode_InternFromString(const char*);
 

@@ -1,5 +1,6 @@
 """fastclip: torch's gradient clipping in as few passes over memory as the hardware allows."""
 
+import importlib
 import sys
 
 import torch
@@ -12,6 +13,7 @@ if "fastclip._ops" not in sys.modules and hasattr(torch.ops.fastclip, "norm_part
 
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
+from .optimizers import clip_on_step, clip_optimizer, clippable
 from .patch import patch, unpatch
 
 __version__ = "0.1.0"
@@ -20,9 +22,18 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "clip_on_step",
+    "clip_optimizer",
+    "clippable",
     "get_total_norm",
     "patch",
     "unpatch",
     "use_backend",
     "why",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("amp", "integrations"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The four ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
+"""The ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
 
 Engines register their kernels for a device key; the compiled libraries do so when they are loaded here.
 """
@@ -20,9 +20,11 @@ from . import _install
 
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
-    "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
+    "sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
-    "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor",
+    "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, Tensor(b!)? found_inf=None, "
+    "Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor",
 )
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -44,7 +46,11 @@ def _fake_norm_partial(tensors, norm_type):
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
-def _fake_scale_(tensors, clip_coef):
+def _fake_scale_(tensors, clip_coef, *, zero=False):
+    _check_one_device(tensors)
+
+
+def _fake_sanitize_(tensors):
     _check_one_device(tensors)
 
 
@@ -52,7 +58,7 @@ def _fake_clamp_(tensors, min, max):
     _check_one_device(tensors)
 
 
-def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
+def _fake_clip_grad_norm_(grads, max_norm, norm_type, nonfinite=0, found_inf=None, inv_scale=None, *, dtype=None):
     _check_one_device(grads)
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
@@ -75,19 +81,24 @@ def _untraced(function: Callable) -> Callable:
 
 
 def _bump_versions(op: torch._ops.OpOverload):
+    names = [argument.name for argument in op._schema.arguments[1:]]
+    found_inf = names.index("found_inf") if "found_inf" in names else len(names)
+
     @_untraced
     def kernel(keyset, tensors, *args, **kwargs):
         _check_not_inference(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args, **kwargs)
         torch.autograd.graph.increment_version(tensors)
+        if len(args) > found_inf and args[found_inf] is not None:
+            torch.autograd.graph.increment_version(args[found_inf])
         return result
 
     return kernel
 
 
 def define(namespace: str) -> torch.library.Library:
-    """Defines the four ops in a namespace, with all that does not depend on the engine."""
+    """Defines the ops in a namespace, with all that does not depend on the engine."""
     library = torch.library.Library(namespace, "DEF")
     for schema in _SCHEMAS:
         library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -104,6 +115,7 @@ def define(namespace: str) -> torch.library.Library:
 library = define("fastclip")
 norm_partial = torch.ops.fastclip.norm_partial.default
 scale_ = torch.ops.fastclip.scale_.default
+sanitize_ = torch.ops.fastclip.sanitize_.default
 clamp_ = torch.ops.fastclip.clamp_.default
 clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
 

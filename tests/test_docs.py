@@ -12,7 +12,7 @@ import fastclip
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["_dispatch", "adapters", "clip", "patch"])
+@pytest.mark.parametrize("name", ["_dispatch", "adapters", "amp", "clip", "optimizers", "patch"])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fastclip.{name}"))
     assert result.attempted > 0

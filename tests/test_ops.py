@@ -1,4 +1,4 @@
-"""The four ops as PyTorch sees them: opcheck, compile, tracing, versions, autograd."""
+"""The ops as PyTorch sees them: opcheck, compile, tracing, versions, autograd."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from cases import grid, parameters
 OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
-    "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
+    "sanitize_": "fastclip::sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_": "fastclip::clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_": (
-        "fastclip::clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None)"
-        " -> Tensor"
+        "fastclip::clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, "
+        "Tensor(b!)? found_inf=None, Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor"
     ),
 }
 
@@ -38,9 +39,14 @@ def arguments(name: str) -> list[tuple[tuple, dict]]:
     """Return what follows the tensor list."""
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
-        "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {})],
+        "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {}), ((torch.tensor(0.0),), {"zero": True})],
+        "sanitize_": [((), {})],
         "clamp_": [((-0.1, 0.1), {})],
-        "clip_grad_norm_": [((0.1, 2.0), {}), ((0.1, math.inf), {"dtype": torch.float64})],
+        "clip_grad_norm_": [
+            ((0.1, 2.0), {}),
+            ((0.1, math.inf), {"dtype": torch.float64}),
+            ((0.1, 2.0, 1, torch.tensor(0.0), torch.tensor(0.5)), {}),
+        ],
     }[name]
 
 
@@ -133,7 +139,7 @@ def test_version_counters(backend, max_norm, foreach):
     assert all(v + 3 <= g._version <= v + 4 for g, v in zip(grads, versions, strict=True))
 
 
-@pytest.mark.parametrize("name", ["scale_", "clamp_", "clip_grad_norm_"])
+@pytest.mark.parametrize("name", ["scale_", "sanitize_", "clamp_", "clip_grad_norm_"])
 def test_direct_calls_bump_versions(cpu, name):
     for rest, options in arguments(name):
         tensors = [torch.randn(3), torch.randn(2, 2)]

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -232,8 +233,13 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
   return combine_norms(partials_of(ChunkTable(views), norm_type, true), norm_type);
 }
 
-void scale(const std::vector<TensorView>& tensors, double coef) {
+void scale(const std::vector<TensorView>& tensors, double coef, bool zero) {
   const DefaultFloatMode mode;
+  if (zero && coef == 0)
+    return write(nonempty(tensors), Walk::kBackward, [](char* data, int64_t count, Dtype dtype) {
+      std::memset(data, 0, static_cast<size_t>(count * element_size(dtype)));
+      return true;
+    });
   TensorViews changed = nonempty(tensors);
   const auto stays = [coef](const TensorView* tensor) {
     return tensor->dtype == Dtype::kFloat64 ? coef == 1.0 : static_cast<float>(coef) == 1.0f;
@@ -251,9 +257,14 @@ void scale(const std::vector<TensorView>& tensors, double coef) {
   });
 }
 
+void sanitize(const std::vector<TensorView>& tensors) {
+  write(nonempty(tensors), Walk::kForward,
+        [](char* data, int64_t count, Dtype dtype) { return sanitize(dtype, data, count); });
+}
+
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
   const DefaultFloatMode mode;
-  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
+  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN(), false);
   double los[kNumDtypes], his[kNumDtypes];
   for (int d = 0; d < kNumDtypes; ++d) {
     los[d] = round_to(static_cast<Dtype>(d), lo);

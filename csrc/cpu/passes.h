@@ -15,8 +15,12 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type);
 // The norm over all elements of all tensors; 0 where there are none.
 double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 
-// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
-void scale(const std::vector<TensorView>& tensors, double coef);
+// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
+// zeros also of inf and NaN.
+void scale(const std::vector<TensorView>& tensors, double coef, bool zero);
+
+// x = 0 where x is not finite; writes only blocks that change.
+void sanitize(const std::vector<TensorView>& tensors);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only registers that change.
 // The bounds have passed check_bound.

@@ -115,12 +115,15 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
   return next - partials;
 }
 
+// What is asked where nothing is clipped.
+Clip of_order(double norm_type) { return {0, norm_type, Nonfinite::kPropagate, {}, {}}; }
+
 // The norm of all tensors, and the coefficient where there is a place for it.
-void launch_total_norm(const TensorViews& tensors, double norm_type, double max_norm, double* partials, void* norm,
-                       Dtype dtype, double* clip_coef, Queue queue) {
-  const bool are_norms = powers_may_leave_float64(tensors, norm_type);
-  const int64_t slots = launch_norms(Layout(tensors), norm_type, are_norms, partials, queue);
-  const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, clip_coef, norm_kind(norm_type), dtype};
+void launch_total_norm(const TensorViews& tensors, const Clip& clip, double* partials, Number norm, double* clip_coef,
+                       Queue queue) {
+  const bool are_norms = powers_may_leave_float64(tensors, clip.norm_type);
+  const int64_t slots = launch_norms(Layout(tensors), clip.norm_type, are_norms, partials, queue);
+  const FinishArguments arguments{partials, slots, clip, norm, clip_coef, norm_kind(clip.norm_type)};
   const auto kernel = are_norms ? finish_kernel<Finish::kCombineNorms> : finish_kernel<Finish::kRoot>;
   launch("finish_kernel", kernel, 1, kFinishThreads, queue, arguments);
 }
@@ -132,13 +135,13 @@ class Writes {
     for (const TensorViews& round : write_rounds(tensors)) rounds_.emplace_back(round);
   }
 
-  void scale(const double* clip_coef, Queue queue) {
+  void scale(ScaleArguments scale, Queue queue) {
     for (const Layout& round : rounds_) {
-      write_strided(round.strided, clip_coef, {}, queue);
+      write_strided(round.strided, Write::kScale, scale, {}, queue);
       // Backwards: what the norm read last is still in L2.
-      for_each_table<const double*>(round.dense, Walk::kBackward, [&](auto& arguments) {
+      for_each_table<ScaleArguments>(round.dense, Walk::kBackward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
-        arguments.own = clip_coef;
+        arguments.own = scale;
         launch_write("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
       });
     }
@@ -146,7 +149,7 @@ class Writes {
 
   void clamp(Bounds bounds, Queue queue) {
     for (const Layout& round : rounds_) {
-      write_strided(round.strided, nullptr, bounds, queue);
+      write_strided(round.strided, Write::kClamp, {}, bounds, queue);
       for_each_table<Bounds>(round.dense, Walk::kForward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
         arguments.own = bounds;
@@ -155,10 +158,20 @@ class Writes {
     }
   }
 
+  void sanitize(Queue queue) {
+    for (const Layout& round : rounds_) {
+      write_strided(round.strided, Write::kSanitize, {}, {}, queue);
+      for_each_table<SanitizeArguments>(round.dense, Walk::kForward, [&](auto& arguments) {
+        using AnyTable = decltype(arguments.table);
+        launch_write("sanitize_kernel", sanitize_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+      });
+    }
+  }
+
  private:
-  void write_strided(const TensorViews& strided, const double* clip_coef, Bounds bounds, Queue queue) {
+  void write_strided(const TensorViews& strided, Write write, ScaleArguments scale, Bounds bounds, Queue queue) {
     for (const TensorView* tensor : strided) {
-      const StridedWriteArguments arguments{clip_coef, bounds, StridedTable(*tensor)};
+      const StridedWriteArguments arguments{write, scale, bounds, StridedTable(*tensor)};
       const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
       launch_write("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
     }
@@ -192,32 +205,33 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
                   Queue queue) {
   double* const partials = scratch + 1;
   const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, false, partials, queue);
-  const FinishArguments arguments{partials,       slots, norm_type, 0, result, nullptr, norm_kind(norm_type),
-                                  Dtype::kFloat64};
+  const FinishArguments arguments{partials, slots, of_order(norm_type), {result}, nullptr, norm_kind(norm_type)};
   launch("finish_kernel", finish_kernel<Finish::kPartial>, 1, kFinishThreads, queue, arguments);
 }
 
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue) {
-  launch_total_norm(nonempty(tensors), norm_type, 0, scratch + 1, norm, dtype, nullptr, queue);
+  launch_total_norm(nonempty(tensors), of_order(norm_type), scratch + 1, {norm, dtype}, nullptr, queue);
 }
 
-void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue) {
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue) {
   Writes writes(nonempty(tensors));
   const double* clip_coef = static_cast<const double*>(coef.data);
   if (coef.dtype != Dtype::kFloat64) {
     clip_coef = scratch;
     launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
   }
-  writes.scale(clip_coef, queue);
+  writes.scale({clip_coef, zero}, queue);
 }
+
+void sanitize(const std::vector<TensorView>& tensors, Queue queue) { Writes(nonempty(tensors)).sanitize(queue); }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {
   Writes writes(nonempty(tensors));
   if (lo == lo && hi == hi) return writes.clamp({lo, hi}, queue);
   launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
          static_cast<double>(NAN));
-  writes.scale(scratch, queue);
+  writes.scale({scratch, false}, queue);
 }
 
 void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch,
@@ -225,15 +239,16 @@ void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Num
   Writes writes(nonempty(tensors));
   launch("norm_coef_kernel", norm_coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(norm.data), norm.dtype,
          max_norm);
-  writes.scale(scratch, queue);
+  writes.scale({scratch, false}, queue);
 }
 
-void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
-                    void* norm, Dtype dtype, Queue queue) {
+void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
+                    Queue queue) {
   const TensorViews views = nonempty(tensors);
   Writes writes(views);
-  launch_total_norm(views, norm_type, max_norm, scratch + 1, norm, dtype, scratch, queue);
-  writes.scale(scratch, queue);
+  if (clip.nonfinite == Nonfinite::kSanitize) writes.sanitize(queue);
+  launch_total_norm(views, clip, scratch + 1, norm, scratch, queue);
+  writes.scale({scratch, clip.nonfinite == Nonfinite::kZero}, queue);
 }
 
 const char* unsupported() {

@@ -9,6 +9,7 @@ from .. import _ops
 from .._ops import clamp_ as clamp_
 from .._ops import clip_grad_norm_ as clip_grad_norm_
 from .._ops import norm_partial as norm_partial
+from .._ops import sanitize_ as sanitize_
 from .._ops import scale_ as scale_
 from .eager import total_norm as total_norm
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from ..arithmetic import is_power
+from ..arithmetic import clip_factor, is_power, scaled_norm
 from . import eager
 
 NAME = "triton"
@@ -231,9 +231,9 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch_all(kernel, table: Table, words: Tensor, *tensors: Tensor) -> None:
+def _launch_all(kernel, table: Table, words: Tensor, *tensors: Tensor, **constants) -> None:
     for launch in table.launches:
-        _launch(kernel, launch, words, *tensors)
+        _launch(kernel, launch, words, *tensors, **constants)
 
 
 def _launch(kernel, launch: Launch, words: Tensor, *tensors: Tensor, **constants) -> None:
@@ -316,7 +316,7 @@ def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     return out
 
 
-def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+def _scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
     spans = _read(tensors)
     if clip_coef.dim() != 0 or not clip_coef.is_floating_point() or (spans and clip_coef.device != tensors[0].device):
         raise RuntimeError(
@@ -327,7 +327,17 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
         if together:
             with _on(clip_coef.device):
                 table = make_table(together, CHUNK)
-                _launch_all("scale_kernel", table, _to_device(table.words, clip_coef.device), clip_coef.to(_WIDE))
+                words = _to_device(table.words, clip_coef.device)
+                _launch_all("scale_kernel", table, words, clip_coef.to(_WIDE), ZERO=zero)
+
+
+def _sanitize_(tensors: list[Tensor]) -> None:
+    spans = _read(tensors)
+    if spans:
+        device = tensors[0].device
+        with _on(device):  # writing what overlaps twice changes nothing
+            table = make_table(spans, CHUNK)
+            _launch_all("sanitize_kernel", table, _to_device(table.words, device))
 
 
 def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
@@ -353,14 +363,45 @@ def _round(bound: float, dtype: torch.dtype) -> float:
 
 
 def _clip_grad_norm_(
-    grads: list[Tensor], max_norm: float, norm_type: float, *, dtype: torch.dtype | None = None
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    nonfinite: int = 0,
+    found_inf: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     spans, device = _read(grads), grads[0].device
     dtype = dtype or _ops.promoted_dtype(grads)
     if not spans:
+        if found_inf is not None:
+            found_inf.zero_()
         return torch.zeros((), dtype=dtype, device=device)
     if dtype not in _DTYPES:
         raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+    if nonfinite == 0 and found_inf is None and inv_scale is None:
+        return _clip(grads, spans, max_norm, norm_type, dtype)
+    if nonfinite == 2:
+        _sanitize_(grads)
+    norm = total_norm(grads, norm_type)
+    if inv_scale is not None:
+        norm = scaled_norm(norm, norm_type, inv_scale)
+    if found_inf is not None:
+        found_inf.copy_(~norm.isfinite())
+    _scale_(grads, clip_factor(norm, max_norm, inv_scale, nonfinite == 1), zero=nonfinite == 1)
+    return norm.to(dtype)
+
+
+def _clip(
+    grads: list[Tensor],
+    spans: list[tuple[int, int, torch.dtype]],
+    max_norm: float,
+    norm_type: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All of it by three launches."""
+    device = grads[0].device
     with _on(device):
         table = make_table(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
         words = _to_device(table.words, device)
@@ -370,7 +411,7 @@ def _clip_grad_norm_(
         if overlap(spans):
             _scale_(grads, clip_coef)
         else:
-            _launch_all("scale_kernel", table, words, clip_coef)
+            _launch_all("scale_kernel", table, words, clip_coef, ZERO=False)
     return out
 
 
@@ -379,6 +420,7 @@ def _clip_grad_norm_(
 _KERNELS = {
     "norm_partial": _norm_partial,
     "scale_": _scale_,
+    "sanitize_": _sanitize_,
     "clamp_": _clamp_,
     "clip_grad_norm_": _clip_grad_norm_,
 }
@@ -397,5 +439,6 @@ if _USABLE:
             _ops.library.impl(_name, _kernel, _device.upper())
     norm_partial = torch.ops.fastclip_triton.norm_partial.default
     scale_ = torch.ops.fastclip_triton.scale_.default
+    sanitize_ = torch.ops.fastclip_triton.sanitize_.default
     clamp_ = torch.ops.fastclip_triton.clamp_.default
     clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default

@@ -379,15 +379,19 @@ def norm_finalize_kernel(
             norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
     if CLIP:
         # torch's order: reciprocal, then product; the comparison lets a NaN stay.
-        coef = 1.0 / (norm + 1e-6) * _load_float(list_header + 3)
-        tl.store(clip_coef, tl.where(coef > 1.0, 1.0, coef))
+        max_norm = _load_float(list_header + 3)
+        coef = 1.0 / (norm + 1e-6) * max_norm
+        tl.store(clip_coef, tl.where((coef > 1.0) | (max_norm == _INFINITY), 1.0, coef))
     _store_norm(out, norm)
 
 
 @triton.jit
-def _scale_block(x, coef, DTYPE: tl.constexpr):
+def _scale_block(x, coef, ZERO: tl.constexpr, DTYPE: tl.constexpr):
     """In the dtype of the coefficient, and from float64 to 16 bits by way of float32."""
-    return _narrow((_widen(x, DTYPE) * coef).to(tl.float64 if DTYPE == tl.float64 else tl.float32), DTYPE)
+    scaled = _narrow((_widen(x, DTYPE) * coef).to(tl.float64 if DTYPE == tl.float64 else tl.float32), DTYPE)
+    if ZERO:
+        scaled = tl.where(coef == 0.0, tl.zeros_like(scaled), scaled)
+    return scaled
 
 
 @triton.jit
@@ -402,13 +406,16 @@ def _scale_wide(launch, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: t
         for start in range(-head, count + tail, BLOCK):
             exists = start + lane < count + tail
             place = body + start + lane
-            tl.store(place, _scale_block(tl.load(place, mask=exists), coef, DTYPE), mask=exists)
+            tl.store(place, _scale_block(tl.load(place, mask=exists), coef, False, DTYPE), mask=exists)
         chunk += tl.num_programs(0)
 
 
 @triton.jit
-def scale_kernel(launch, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic."""
+def scale_kernel(launch, clip_coef, ZERO: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic.
+
+    With ZERO a coefficient of 0 makes zeros also of inf and NaN.
+    """
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
@@ -430,19 +437,38 @@ def scale_kernel(launch, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BL
                 x1 = tl.load(body + start + BLOCK + lane)
                 x2 = tl.load(body + start + 2 * BLOCK + lane)
                 x3 = tl.load(body + start + 3 * BLOCK + lane)
-                tl.store(body + start + lane, _scale_block(x0, coef, DTYPE))
-                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, DTYPE))
-                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, DTYPE))
-                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, DTYPE))
+                tl.store(body + start + lane, _scale_block(x0, coef, ZERO, DTYPE))
+                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, ZERO, DTYPE))
+                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, ZERO, DTYPE))
+                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, ZERO, DTYPE))
             for start in range(unrolled, count, BLOCK):
                 exists = start + lane < count
                 x = tl.load(body + start + lane, mask=exists)
-                tl.store(body + start + lane, _scale_block(x, coef, DTYPE), mask=exists)
+                tl.store(body + start + lane, _scale_block(x, coef, ZERO, DTYPE), mask=exists)
             if head + tail > 0:
                 offset, exists = _edges(count, head, tail, VECTOR)
                 x = tl.load(body + offset, mask=exists)
-                tl.store(body + offset, _scale_block(x, coef, DTYPE), mask=exists)
+                tl.store(body + offset, _scale_block(x, coef, ZERO, DTYPE), mask=exists)
             chunk -= tl.num_programs(0)
+
+
+@triton.jit
+def sanitize_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x = 0 where x is not finite; writes only those."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
+    lane = tl.arange(0, BLOCK)
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < tl.load(launch + 1):
+        row = _find_row(launch, chunk)
+        body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+        for start in range(-head, count + tail, BLOCK):
+            exists = start + lane < count + tail
+            place = body + start + lane
+            bits = tl.load(place, mask=exists, other=0)
+            x = _magnitude_to_float(_magnitude(bits, BITS), DTYPE)
+            tl.store(place, tl.zeros_like(bits), mask=exists & ~(x < _INFINITY))
+        chunk += tl.num_programs(0)
 
 
 @triton.jit

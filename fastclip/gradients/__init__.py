@@ -10,11 +10,26 @@ from .. import _dispatch, distributed
 from ..backends import eager
 from ..distributed import ProcessGroup
 from . import parts, reading
-from .contract import Clip, Foreign, Gradients, Group, Nothing
+from .contract import PROPAGATE, SANITIZE, ZERO, Clip, Foreign, Gradients, Group, Nothing
 from .parts import of_tensors
 from .sharded import Routed, Sharded, reduced_norm
 
-__all__ = ["Clip", "Foreign", "Gradients", "Group", "Nothing", "Routed", "is_known", "of", "of_tensors", "reduced_norm"]
+__all__ = [
+    "PROPAGATE",
+    "SANITIZE",
+    "ZERO",
+    "Clip",
+    "Foreign",
+    "Gradients",
+    "Group",
+    "Nothing",
+    "Routed",
+    "is_known",
+    "is_plain",
+    "of",
+    "of_tensors",
+    "reduced_norm",
+]
 
 
 def of(
@@ -53,6 +68,11 @@ def of(
 def is_known(tensor: Tensor) -> bool:
     """Whether a tensor is torch's own, or what a trace puts in its place."""
     return type(tensor) in reading.KNOWN
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own, or a DTensor: what clips are computed of here, and not by torch's functions."""
+    return type(tensor) in reading.KNOWN or type(tensor) is distributed.dtensor_type()
 
 
 def _foreign(parameters: Sequence[Tensor], gradients: bool, foreach: bool | None, writes: bool, asked: bool) -> Foreign:

@@ -32,8 +32,11 @@ class Part(Gradients):
             return self.backend.total_norm(self.tensors, norm_type)
         return self.backend.norm_partial(self.tensors, norm_type)
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device))
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device), zero=zero)
+
+    def sanitize_(self) -> None:
+        self.backend.sanitize_(self.tensors)
 
     def check_clamp(self, low: float, high: float) -> None:
         if torch.compiler.is_compiling():
@@ -51,7 +54,9 @@ class Part(Gradients):
         if not self.backend.clip_grad_norm_ or torch.compiler.is_compiling():
             return super().clip_grad_norm_(clip, norm_dtype)
         narrow = norm_dtype not in (None, *DTYPES)
-        norm = self.backend.clip_grad_norm_(self.tensors, *clip, dtype=torch.float64 if narrow else norm_dtype)
+        asked = clip.at(self.tensors[0].device)
+        norm = self.backend.clip_grad_norm_(self.tensors, *asked, dtype=torch.float64 if narrow else norm_dtype)
+        asked.hand_back(clip.found_inf)
         return norm.to(norm_dtype) if narrow else norm
 
 
@@ -75,9 +80,13 @@ class Parts(Gradients):
         members = [each for each in self.members if norm_type >= 0 or each.has_elements()]
         return partial_of(members, norm_type, self.tensors[0])
 
-    def scale_(self, clip_coef: Tensor) -> None:
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         for member in self.members:
-            member.scale_(clip_coef)
+            member.scale_(clip_coef, zero)
+
+    def sanitize_(self) -> None:
+        for member in self.members:
+            member.sanitize_()
 
     def check_clamp(self, low: float, high: float) -> None:
         for member in self.members:

@@ -54,8 +54,12 @@ class Plain(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return self._number(self._engine.total_norm, norm_type)
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        self._engine.scale_(self._views, self._near(clip_coef))
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self._engine.scale_(self._views, self._near(clip_coef), zero)
+        _increment_version(self.tensors)
+
+    def sanitize_(self) -> None:
+        self._engine.sanitize_(self._views)
         _increment_version(self.tensors)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
@@ -72,8 +76,14 @@ class Plain(Gradients):
     def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
         dtype = norm_dtype or self._dtypes[0]
         norm = _empty(dtype if dtype in DTYPES else torch.float64, self._device)
+        found_inf = clip.found_inf
+        if found_inf is not None or clip.inv_scale is not None:
+            clip = clip.at(self._device)
         self._engine.clip_grad_norm_(self._views, norm, *clip)
         _increment_version(self.tensors)
+        if found_inf is not None:
+            _increment_version([found_inf])
+            clip.hand_back(found_inf)
         return norm if dtype in DTYPES else norm.to(dtype)
 
     def _number(self, compute: Callable[..., None], norm_type: float) -> Tensor:

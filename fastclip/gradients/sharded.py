@@ -69,9 +69,17 @@ class Sharded(Gradients):
             like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
         return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, like)
 
-    def scale_(self, clip_coef: Tensor) -> None:
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         if self._local:
-            self._local.scale_(clip_coef)
+            self._local.scale_(clip_coef, zero)
+
+    def sanitize_(self) -> None:
+        if any(_is_partial(share) for share in self._shares):
+            raise RuntimeError(
+                "nonfinite: a gradient with Partial placements has no values yet to sanitize; redistribute it first"
+            )
+        if self._local:
+            self._local.sanitize_()
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         if self._local:

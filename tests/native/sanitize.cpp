@@ -499,7 +499,7 @@ void check_failing_rounds() {
       if (!failed) return;
     }
   };
-  fail_each("scale", [&] { cpu::scale(views, 0.5); });
+  fail_each("scale", [&] { cpu::scale(views, 0.5, false); });
   fail_each("clamp", [&] { cpu::clamp(views, -1, 1); });
 }
 
