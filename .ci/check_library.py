@@ -1,7 +1,7 @@
 """Checks what a built library asks of the machine it is loaded on.
 
-Usage: check_library.py LIBRARY [OBJECTS], where OBJECTS is the folder of the object files that the library of the CPU
-kernels was linked from.
+Usage: check_library.py [--any-glibc] LIBRARY [OBJECTS], where OBJECTS is the folder of the object files that the
+library of the CPU kernels was linked from.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from pathlib import Path
 NEEDED = {"libtorch.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
 # What the static CUDA runtime asks for; the driver is opened when it is first used.
 CUDART_NEEDED = {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
-# The newest symbol versions of manylinux_2_28, which is what torch's own wheels are built for.
-CEILINGS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+# The newest symbol versions of manylinux_2_28, which is what torch's own wheels are built for. A library that is built
+# for this machine alone may ask for the glibc that it has.
+CEILINGS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GLIBC": (2, 28)}
+# What an extension module finds in the interpreter that loads it, and what the linker's start files may find or not.
+PYTHON_ABI = Path(__file__).resolve().parent.parent / "csrc" / "python_abi.h"
+MAY_BE_MISSING = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
 # Registers that only the file of an ISA may use.
 WIDE = {"zmm": {"loops_avx512"}, "ymm": {"loops_avx2", "loops_avx512"}}
 
@@ -24,22 +28,25 @@ def output(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def link_errors(library: Path):
+def link_errors(library: Path, ceilings: dict[str, tuple[int, ...]]):
     """Libraries, symbols and symbol versions beyond torch's C ABI and the C and C++ runtimes, and what others see."""
     allowed = NEEDED | CUDART_NEEDED if "cuda" in library.name else NEEDED
     for name in re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-d", library)):
         if name not in allowed and not name.startswith("ld-linux"):
             yield f"links to {name}"
+    weak = MAY_BE_MISSING.union(re.findall(r"^FASTCLIP_PYTHON .*?(\w+)(?:\(|;)", PYTHON_ABI.read_text(), re.MULTILINE))
     newest = {}
     for kind, symbol in re.findall(r"([UwvV]) (\S+)$", output("nm", "-D", "--undefined-only", library), re.MULTILINE):
         name, _, version = symbol.partition("@")
         if not version:
             if kind == "U" and not re.match(r"(aoti_)?torch_", name):
                 yield f"needs {name}, which is neither torch's C ABI nor the C or C++ runtime"
+            if kind != "U" and name not in weak:
+                yield f"may need {name}, which csrc/python_abi.h does not declare"
             continue
         family, _, number = version.lstrip("@").partition("_")
         newest[family] = max(newest.get(family, (0,)), tuple(int(n) for n in re.findall(r"\d+", number)))
-    for family, ceiling in CEILINGS.items():
+    for family, ceiling in ceilings.items():
         if newest.get(family, (0,)) > ceiling:
             yield f"needs {family}_{'.'.join(map(str, newest[family]))}, above {'.'.join(map(str, ceiling))}"
     # Weak ones are inline functions of the C++ library.
@@ -72,8 +79,10 @@ def isa_errors(objects: Path):
 
 
 def main() -> int:
-    library, *objects = map(Path, sys.argv[1:])
-    errors = [*link_errors(library), *(error for folder in objects for error in isa_errors(folder))]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--any-glibc"]
+    library, *objects = map(Path, arguments)
+    ceilings = {f: c for f, c in CEILINGS.items() if f != "GLIBC" or len(arguments) == len(sys.argv) - 1}
+    errors = [*link_errors(library, ceilings), *(error for folder in objects for error in isa_errors(folder))]
     for error in errors:
         print(f"{library.name}: {error}", file=sys.stderr)
     return bool(errors)

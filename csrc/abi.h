@@ -24,7 +24,7 @@ AOTITorchError aoti_torch_library_init_impl(const char* ns, const char* key, con
 AOTITorchError torch_library_impl(TorchLibraryHandle self, const char* name,
                                   void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t extension_build_version);
 
-// Lists: an item is a new handle that the caller deletes; the list keeps its tensors alive.
+// Lists: they hold handles and own no tensor. Who reads an item owns its handle, once; deleting a list deletes none.
 AOTITorchError torch_list_size(StableListHandle list_handle, size_t* size);
 AOTITorchError torch_list_get_item(StableListHandle list_handle, size_t index, StableIValue* element);
 AOTITorchError torch_delete_list(StableListHandle list_handle);

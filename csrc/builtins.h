@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "dlpack.h"
 #include "python_abi.h"
 #include "views.h"
 
@@ -19,7 +20,8 @@ struct DecRef {
 };
 using Owned = std::unique_ptr<PyObject, DecRef>;
 
-inline Owned share(PyObject* object) {
+// A reference of our own.
+inline Owned retain(PyObject* object) {
   Py_IncRef(object);
   return Owned(object);
 }
@@ -46,12 +48,17 @@ struct Arguments {
     PyErr_SetString(PyExc_TypeError, ("fastclip: argument " + std::to_string(i) + " is missing").c_str());
     throw Raised();
   }
-  double number(intptr_t i) const {
+  double to_double(intptr_t i) const {
     const double value = PyFloat_AsDouble((*this)[i]);
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw Raised();
     return value;
   }
-  bool truth(intptr_t i) const {
+  int64_t to_index(intptr_t i) const {
+    const int64_t value = PyLong_AsLongLong((*this)[i]);
+    if (value == -1 && PyErr_Occurred() != nullptr) throw Raised();
+    return value;
+  }
+  bool to_bool(intptr_t i) const {
     const int value = PyObject_IsTrue((*this)[i]);
     check(value);
     return value != 0;
@@ -108,20 +115,67 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-constexpr const char* kTensorsName = "fastclip.Tensors";
+// While one lives, no collection runs, whose finalizers may be anybody's code.
+class WithoutCollection {
+ public:
+  WithoutCollection() : was_enabled_(PyGC_Disable() != 0) {}
+  ~WithoutCollection() {
+    if (was_enabled_) PyGC_Enable();
+  }
+  WithoutCollection(const WithoutCollection&) = delete;
+  WithoutCollection& operator=(const WithoutCollection&) = delete;
 
-// Tensors as a Python object, which frees them.
-inline Owned to_python(std::unique_ptr<Tensors> tensors) {
-  Owned capsule = checked(PyCapsule_New(tensors.get(), kTensorsName, [](PyObject* self) {
-    delete static_cast<Tensors*>(PyCapsule_GetPointer(self, kTensorsName));
-  }));
-  tensors.release();
+ private:
+  const bool was_enabled_;
+};
+
+// Views of Python tensors, as a Python object. It owns the tensors, but a tensor can be given other memory: where a
+// collection ran since they were read, the addresses are compared before they are used.
+struct Read {
+  Tensors tensors;
+  Owned list;  // the tensors themselves
+  const long* counter;
+  long collections;            // what it counted
+  std::vector<size_t> counts;  // of the views of each tensor; none where each has one
+};
+constexpr const char* kReadName = "fastclip.Read";
+
+// Throws std::runtime_error where a tensor no longer has the memory that was read.
+inline void check_addresses(const Read& read) {
+  const WithoutCollection guard;
+  const std::vector<TensorView>& views = read.tensors.views;
+  const size_t size = read.counts.empty() ? views.size() : read.counts.size();
+  for (size_t i = 0, next = 0; i < size; ++i) {
+    PyObject* const tensor = PyList_GetItem(read.list.get(), static_cast<intptr_t>(i));
+    dlpack::Tensor dl;
+    if (tensor == nullptr || dlpack::exchange->from_object(tensor, &dl) != 0) throw Raised();
+    const size_t count = read.counts.empty() ? 1 : read.counts[i];
+    if (count == 0) continue;  // nothing of it is read or written
+    // The views of one tensor are of one size, and begin with it.
+    const TensorView& first = views[next];
+    next += count;
+    int64_t numel = 1;
+    for (int32_t d = 0; d < dl.ndim; ++d) numel *= dl.shape[d];
+    if (dl.data() != first.data || numel != static_cast<int64_t>(count) * first.numel)
+      throw std::runtime_error("fastclip: a finalizer gave gradient " + std::to_string(i) +
+                               " other memory while it was clipped");
+  }
+}
+
+inline Owned to_python(std::unique_ptr<Read> read) {
+  Owned capsule = checked(PyCapsule_New(
+      read.get(), kReadName, [](PyObject* self) { delete static_cast<Read*>(PyCapsule_GetPointer(self, kReadName)); }));
+  read.release();
   return capsule;
 }
 inline const Tensors& to_tensors(PyObject* capsule) {
-  void* const tensors = PyCapsule_GetPointer(capsule, kTensorsName);
-  if (tensors == nullptr) throw Raised();
-  return *static_cast<const Tensors*>(tensors);
+  Read* const read = static_cast<Read*>(PyCapsule_GetPointer(capsule, kReadName));
+  if (read == nullptr) throw Raised();
+  if (read->collections != *read->counter) {
+    check_addresses(*read);
+    read->collections = *read->counter;
+  }
+  return read->tensors;
 }
 
 }  // namespace fastclip::python

@@ -31,16 +31,27 @@ constexpr Dtype promote(Dtype a, Dtype b) {
   return a == Dtype::kFloat64 || b == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
-// A number in memory, of any of the dtypes.
+// Elements of a chunk, which has one partial: short enough to balance threads and the blocks of a grid, long enough
+// (128 KiB and more) to hide its fixed cost. fastclip/backends/triton_.py has the same.
+constexpr int kChunkSize = 65536;
+
+// A number in memory, of any of the dtypes; null where there is none.
 struct Number {
-  void* data;
-  Dtype dtype;
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat64;
 };
+
+// What becomes of gradients that are not finite: torch's arithmetic; all become 0 where the norm is not finite; or each
+// that is not finite becomes 0 before anything else.
+enum class Nonfinite : uint8_t { kPropagate, kZero, kSanitize };
 
 // What is asked of a clip by norm; _ops.py and gradients/contract.py have the same fields in the same order.
 struct Clip {
   double max_norm;
   double norm_type;
+  Nonfinite nonfinite = Nonfinite::kPropagate;
+  Number found_inf;  // float32: receives 1 where the norm is not finite, else 0
+  Number inv_scale;  // meant are the gradients times it
 };
 
 // kCount is norm_type 0: torch takes the 0-norm of the per-tensor 0-norms, so it counts tensors with a non-zero.
@@ -62,7 +73,7 @@ FASTCLIP_HD inline double identity(NormKind kind) { return kind == NormKind::kMi
 FASTCLIP_HD inline double max_nan(double a, double b) { return a >= b || a != a ? a : b; }
 FASTCLIP_HD inline double min_nan(double a, double b) { return a <= b || a != a ? a : b; }
 
-// Combines partials: of chunks in chunk order, then of groups or ranks.
+// Combines partials: of chunks in chunk order, then of devices or ranks.
 FASTCLIP_HD inline double combine(NormKind kind, double a, double b) {
   if (kind == NormKind::kMax) return max_nan(a, b);
   if (kind == NormKind::kMin) return min_nan(a, b);
@@ -101,10 +112,26 @@ FASTCLIP_HD inline double power_unit(double extreme) { return extreme > 0 && ext
 // The norm from the sum of powers in a unit.
 FASTCLIP_HD inline double root_in(double unit, double sum, double p) { return unit * root(NormKind::kPow, sum, p); }
 
-// min(max_norm / (total_norm + 1e-6), 1) in the order in which torch rounds it: reciprocal, then product.
+FASTCLIP_HD inline bool is_finite(double x) { return std::fabs(x) < INFINITY; }
+
+// min(max_norm / (total_norm + 1e-6), 1) in the order in which torch rounds it: reciprocal, then product. No norm
+// reaches a bound of inf.
 FASTCLIP_HD inline double clip_coef(double total_norm, double max_norm) {
+  if (max_norm == INFINITY) return 1.0;
   double coef = 1.0 / (total_norm + 1e-6) * max_norm;
   return coef > 1.0 ? 1.0 : coef;  // a NaN stays
+}
+
+// The norm of the gradients times inv_scale, from theirs.
+FASTCLIP_HD inline double scaled_norm(double norm, double norm_type, double inv_scale) {
+  if (norm_type == 0) return inv_scale != 0 ? norm : 0.0;  // a count of tensors
+  return norm * std::fabs(inv_scale);
+}
+
+// What the gradients are multiplied by, from that norm; with kZero a 0 makes zeros of whatever they are.
+FASTCLIP_HD inline double clip_factor(double scaled_norm, double inv_scale, const Clip& clip) {
+  if (clip.nonfinite == Nonfinite::kZero && !is_finite(scaled_norm)) return 0.0;
+  return clip_coef(scaled_norm, clip.max_norm) * inv_scale;
 }
 
 // Whether float32 holds a coefficient with fewer bits than its other numbers, or as 0: products are taken in float64.

@@ -15,15 +15,18 @@ struct Engine {
   void (*total_norm)(const Tensors&, double norm_type, Number norm);
   // norms[i] = total_norm of tensor i alone; float64.
   void (*norms)(const Tensors&, double norm_type, double* norms);
-  // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
-  void (*scale)(const Tensors&, Number coef);
-  // The same with coefs[i], float64, for tensor i.
+  // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
+  // zeros also of inf and NaN.
+  void (*scale)(const Tensors&, Number coef, bool zero);
+  // x *= coefs[i], float64, for tensor i.
   void (*scale_each)(const Tensors&, const double* coefs);
+  // x = 0 where x is not finite; writes only what changes.
+  void (*sanitize)(const Tensors&);
   // x *= clip_coef(*norm, max_norm).
   void (*clip_with_norm)(const Tensors&, double max_norm, Number norm);
   // x = min(max(x, low), high) with the bounds rounded to each tensor's dtype; writes only what changes.
   void (*clamp)(const Tensors&, double low, double high);
-  // total_norm, then clip_with_norm by the wide norm.
+  // *norm = the norm of all that Clip asks for, then x *= clip_factor of the wide norm.
   void (*clip_grad_norm)(const Tensors&, const Clip& clip, Number norm);
 };
 

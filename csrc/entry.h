@@ -16,6 +16,18 @@
 
 namespace fastclip {
 
+inline Nonfinite to_nonfinite(int64_t code) {
+  if (code < 0 || code > static_cast<int64_t>(Nonfinite::kSanitize))
+    throw std::runtime_error("fastclip: nonfinite: expected 0 (propagate), 1 (zero) or 2 (sanitize), got " +
+                             std::to_string(code));
+  return static_cast<Nonfinite>(code);
+}
+
+inline Number checked_found_inf(Number number) {
+  if (number.dtype != Dtype::kFloat32) throw std::runtime_error("fastclip: found_inf: expected a float32 tensor");
+  return number;
+}
+
 template <const Engine& kEngine>
 struct Ops {
   using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
@@ -46,12 +58,19 @@ struct Ops {
     kEngine.scale_each(list.tensors(), view_numbers(coefs, size, list.tensors().device, "coefs"));
   }
 
-  // scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()
+  // scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()
   static void scale_(StableIValue* stack, uint64_t, uint64_t) {
     const OwnedTensor coef = to_tensor(stack[1]);
     const TensorList list(stack[0]);
     list.check_writable();
-    kEngine.scale(list.tensors(), view_number(coef, list.tensors().device, "clip_coef"));
+    kEngine.scale(list.tensors(), view_number(coef, list.tensors().device, "clip_coef"), from_stack<bool>(stack[2]));
+  }
+
+  // sanitize_(Tensor(a!)[] tensors) -> ()
+  static void sanitize_(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    list.check_writable();
+    kEngine.sanitize(list.tensors());
   }
 
   // clamp_(Tensor(a!)[] tensors, float min, float max) -> ()
@@ -64,14 +83,23 @@ struct Ops {
     kEngine.clamp(list.tensors(), low, high);
   }
 
-  // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor
+  // clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, Tensor(b!)? found_inf=None,
+  //                 Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor
   static void clip_grad_norm_(StableIValue* stack, uint64_t, uint64_t) {
-    const std::unique_ptr<StableIValue> asked = to_optional(stack[3]);
+    const std::unique_ptr<StableIValue> asked = to_optional(stack[6]);
+    const OwnedTensor found_inf = to_optional_tensor(stack[4]), inv_scale = to_optional_tensor(stack[5]);
     const TensorList list(stack[0]);
-    const Clip clip{from_stack<double>(stack[1]), from_stack<double>(stack[2])};
+    const Device device = list.tensors().device;
+    Clip clip{from_stack<double>(stack[1]),
+              from_stack<double>(stack[2]),
+              to_nonfinite(from_stack<int64_t>(stack[3])),
+              {},
+              {}};
+    if (found_inf != nullptr) clip.found_inf = checked_found_inf(view_number(found_inf, device, "found_inf"));
+    if (inv_scale != nullptr) clip.inv_scale = view_number(inv_scale, device, "inv_scale");
     list.check_writable();
     const Dtype dtype = asked != nullptr ? to_dtype(*asked) : promoted_dtype(list.tensors().views);
-    OwnedTensor norm = new_tensor(kScalar, dtype, list.tensors().device);
+    OwnedTensor norm = new_tensor(kScalar, dtype, device);
     kEngine.clip_grad_norm(list.tensors(), clip, {data_of(norm), dtype});
     leave(stack, std::move(norm));
   }
@@ -84,6 +112,7 @@ struct Ops {
         torch_library_impl(library, "tensor_norms", tensor_norms, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_each_", scale_each_, kTorchAbi) != 0 ||
+        torch_library_impl(library, "sanitize_", sanitize_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clamp_", clamp_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clip_grad_norm_", clip_grad_norm_, kTorchAbi) != 0)
       throw std::runtime_error("fastclip: registration with torch failed");
@@ -95,53 +124,60 @@ struct Builtins {
   // norm_partial(tensors, norm_type, partial): *partial = the norm before its root.
   static python::Owned norm_partial(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double norm_type = arguments.number(1);
-    const Number partial = number(arguments[2]);
+    const double norm_type = arguments.to_double(1);
+    const Number partial = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.norm_partial(tensors, norm_type, partial); });
   }
 
   // total_norm(tensors, norm_type, norm)
   static python::Owned total_norm(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double norm_type = arguments.number(1);
-    const Number norm = number(arguments[2]);
+    const double norm_type = arguments.to_double(1);
+    const Number norm = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
   }
 
   // norms(tensors, norm_type, norms): norms[i] = the norm of tensor i.
   static python::Owned norms(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double norm_type = arguments.number(1);
-    double* const norms = numbers(arguments[2], tensors);
+    const double norm_type = arguments.to_double(1);
+    double* const norms = numbers_of(arguments[2], tensors);
     return run(tensors, [&] { kEngine.norms(tensors, norm_type, norms); });
   }
 
   // scale_each_(tensors, coefs)
   static python::Owned scale_each_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double* const coefs = numbers(arguments[1], tensors);
+    const double* const coefs = numbers_of(arguments[1], tensors);
     return run(tensors, [&] { kEngine.scale_each(tensors, coefs); });
   }
 
-  // scale_(tensors, clip_coef)
+  // scale_(tensors, clip_coef, zero)
   static python::Owned scale_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const Number coef = number(arguments[1]);
-    return run(tensors, [&] { kEngine.scale(tensors, coef); });
+    const Number coef = number_of(arguments[1]);
+    const bool zero = arguments.to_bool(2);
+    return run(tensors, [&] { kEngine.scale(tensors, coef, zero); });
+  }
+
+  // sanitize_(tensors)
+  static python::Owned sanitize_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    return run(tensors, [&] { kEngine.sanitize(tensors); });
   }
 
   // clip_with_norm_(tensors, max_norm, norm)
   static python::Owned clip_with_norm_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double max_norm = arguments.number(1);
-    const Number norm = number(arguments[2]);
+    const double max_norm = arguments.to_double(1);
+    const Number norm = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.clip_with_norm(tensors, max_norm, norm); });
   }
 
   // clamp_(tensors, min, max)
   static python::Owned clamp_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double low = arguments.number(1), high = arguments.number(2);
+    const double low = arguments.to_double(1), high = arguments.to_double(2);
     check_bound(tensors.views, low);
     check_bound(tensors.views, high);
     return run(tensors, [&] { kEngine.clamp(tensors, low, high); });
@@ -150,8 +186,10 @@ struct Builtins {
   // clip_grad_norm_(tensors, norm, *clip)
   static python::Owned clip_grad_norm_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const Number norm = number(arguments[1]);
-    const Clip clip{arguments.number(2), arguments.number(3)};
+    const Number norm = number_of(arguments[1]);
+    Clip clip{arguments.to_double(2), arguments.to_double(3), to_nonfinite(arguments.to_index(4)), {}, {}};
+    if (arguments[5] != python::none()) clip.found_inf = checked_found_inf(number_of(arguments[5]));
+    if (arguments[6] != python::none()) clip.inv_scale = number_of(arguments[6]);
     return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
   }
 
@@ -162,6 +200,7 @@ struct Builtins {
         python::method<norms>("norms"),
         python::method<scale_>("scale_"),
         python::method<scale_each_>("scale_each_"),
+        python::method<sanitize_>("sanitize_"),
         python::method<clip_with_norm_>("clip_with_norm_"),
         python::method<clamp_>("clamp_"),
         python::method<clip_grad_norm_>("clip_grad_norm_"),
@@ -171,7 +210,7 @@ struct Builtins {
 
  private:
   // A 0-dim tensor of the engine's device, whose memory is read or written.
-  static Number number(PyObject* tensor) {
+  static Number number_of(PyObject* tensor) {
     dlpack::Tensor dl;
     python::check(dlpack::exchange->from_object(tensor, &dl));
     Number number{dl.data(), Dtype::kFloat64};
@@ -181,7 +220,7 @@ struct Builtins {
   }
 
   // A float64 number for each tensor, in a row, in the memory of the engine's device.
-  static double* numbers(PyObject* row, const Tensors& tensors) {
+  static double* numbers_of(PyObject* row, const Tensors& tensors) {
     dlpack::Tensor dl;
     python::check(dlpack::exchange->from_object(row, &dl));
     const int64_t size = static_cast<int64_t>(tensors.views.size());
@@ -204,7 +243,7 @@ struct Builtins {
       const python::WithoutGil released;
       pass();
     }
-    return python::share(python::none());
+    return python::retain(python::none());
   }
 };
 

@@ -39,6 +39,34 @@ std::string to_string(Device device) {
   throw std::runtime_error("fastclip: tensors[" + std::to_string(i) + "]: " + reason);
 }
 
+// The handles of a list, which nobody else frees: those that were not taken go with it.
+struct Items {
+  const StableListHandle list;
+  size_t next = 0, size = 0;
+
+  explicit Items(StableListHandle handle) : list(handle) {}
+  ~Items() {
+    while (next < size) {
+      StableIValue item = 0;
+      if (torch_list_get_item(list, next++, &item) == 0) to_tensor(item);
+    }
+    torch_delete_list(list);
+  }
+  Items(const Items&) = delete;
+  Items& operator=(const Items&) = delete;
+
+  void count() {
+    size_t found = 0;
+    FASTCLIP_CALL(torch_list_size, list, &found);
+    size = found;
+  }
+  OwnedTensor take() {
+    StableIValue item = 0;
+    FASTCLIP_CALL(torch_list_get_item, list, next++, &item);
+    return to_tensor(item);
+  }
+};
+
 TensorView view_of(const OwnedTensor& tensor, size_t i) {
   int32_t code = 0;
   FASTCLIP_CALL(aoti_torch_get_dtype, tensor.get(), &code);
@@ -118,21 +146,12 @@ Dtype to_dtype(StableIValue code) {
 }
 
 TensorList::TensorList(StableIValue value) {
-  struct DeleteList {
-    void operator()(StableListHandle list) const { torch_delete_list(list); }
-  };
-  const std::unique_ptr<StableListOpaque, DeleteList> list(from_stack<StableListHandle>(value));
-  size_t size = 0;
-  FASTCLIP_CALL(torch_list_size, list.get(), &size);
-  owned_.reserve(size);
-  tensors_.views.reserve(size);
-  // All of them first: whoever throws below has to free those behind, too.
-  for (size_t i = 0; i < size; ++i) {
-    StableIValue item = 0;
-    FASTCLIP_CALL(torch_list_get_item, list.get(), i, &item);
-    owned_.push_back(to_tensor(item));
-  }
-  for (size_t i = 0; i < size; ++i) {
+  Items items(from_stack<StableListHandle>(value));
+  items.count();
+  owned_.reserve(items.size);
+  tensors_.views.reserve(items.size);
+  while (items.next < items.size) owned_.push_back(items.take());
+  for (size_t i = 0; i < owned_.size(); ++i) {
     const Device device = device_of(owned_[i]);
     if (i == 0) tensors_.device = device;
     if (!same(device, tensors_.device))

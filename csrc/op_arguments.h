@@ -64,6 +64,12 @@ inline std::unique_ptr<StableIValue> to_optional(StableIValue value) {
   return std::unique_ptr<StableIValue>(reinterpret_cast<StableIValue*>(value));
 }
 
+// Null where the argument is None.
+inline OwnedTensor to_optional_tensor(StableIValue value) {
+  const std::unique_ptr<StableIValue> handle = to_optional(value);
+  return handle == nullptr ? nullptr : to_tensor(*handle);
+}
+
 inline void leave(StableIValue* stack, OwnedTensor result) {
   const AtenTensorHandle handle = result.release();
   stack[0] = 0;

@@ -19,7 +19,7 @@ namespace {
 
 using namespace python;
 
-// Why no compiled engine takes a tensor; in this order in fastclip/gradients/plain.py.
+// Why no compiled engine takes a tensor; in this order in fastclip/gradients/reading.py.
 enum class Reason { kNone, kDevice, kLayout, kDtype, kOverlap, kMemory, kInference };
 
 struct Names {
@@ -36,7 +36,8 @@ struct Property {
 Property grad_of, version_of;
 
 Property find_property(PyObject* tensor_base, const char* name) {
-  const auto* definition = static_cast<const PyGetSetDef*>(PyType_GetSlot(tensor_base, Py_tp_getset));
+  auto* const type = reinterpret_cast<PyTypeObject*>(tensor_base);
+  const auto* definition = static_cast<const PyGetSetDef*>(PyType_GetSlot(type, Py_tp_getset));
   while (definition != nullptr && definition->name != nullptr && std::strcmp(definition->name, name) != 0) ++definition;
   if (definition == nullptr || definition->name == nullptr)
     throw std::runtime_error(std::string("fastclip: torch's tensors have no ") + name);
@@ -44,8 +45,12 @@ Property find_property(PyObject* tensor_base, const char* name) {
 }
 
 constexpr int32_t kNoShare = -1;
+// Collections since the library was told of the first.
+long collections = 0;
+// Objects lie anywhere in memory: they are asked for so many places ahead.
+constexpr size_t kAhead = 4;
 
-// DTensors that share a mesh and placements.
+// DTensors that share a mesh and the types of their placements.
 struct Share {
   Owned mesh, placements;
   Owned owner;  // the first of them
@@ -53,8 +58,8 @@ struct Share {
 };
 
 struct Section {
-  Owned list;  // of the tensors themselves
-  std::unique_ptr<Tensors> tensors;
+  Owned list;                        // of the tensors themselves
+  std::unique_ptr<Tensors> tensors;  // null where they are refused
   int32_t share;
   Reason reason;
   int dtypes = 0;  // bit d is set where there is one of Dtype d
@@ -67,14 +72,53 @@ struct Request {
 
 bool is_plain(const PyObject* object) { return object->type == names.tensor || object->type == names.parameter; }
 
+PyObject* checked_borrowed(PyObject* object) {
+  if (object == nullptr) throw Raised();
+  return object;
+}
+
+// Whether an attribute is there: the error of one that is not is cleared, every other is raised.
+bool has(PyObject* attribute, PyObject* error) {
+  if (Owned(attribute) != nullptr) return true;
+  if (PyErr_ExceptionMatches(error) == 0) throw Raised();
+  PyErr_Clear();
+  return false;
+}
+
+// An inference tensor has no version.
+bool is_inference(PyObject* tensor) { return !has(version_of(tensor), PyExc_RuntimeError); }
+
+// Whether DLPack can describe a tensor.
+bool is_strided(PyObject* tensor, dlpack::Tensor* dl) {
+  if (dlpack::exchange->from_object(tensor, dl) == 0) return true;
+  if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw Raised();
+  PyErr_Clear();
+  return false;
+}
+
+// Where the compiled engines reach a tensor: the CPU has index -1.
+bool find_device(const dlpack::Tensor& dl, Device* device) {
+  const bool on_cpu = dl.device.type == dlpack::kCpu || dl.device.type == dlpack::kCudaHost;
+  *device = on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl.device.id};
+  return on_cpu || dl.device.type == dlpack::kCuda;
+}
+
+void set(const Owned& tuple, intptr_t i, Owned value) { check(PyTuple_SetItem(tuple.get(), i, value.release())); }
+Owned to_long(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
+
 class Reader {
  public:
   explicit Reader(const Request& request) : request_(request) {}
 
   // (sections, shares), or None where a tensor is of a type that is not known here.
   Owned read(PyObject* list) {
-    if (!gather(list)) return python::share(none());
-    for (const Item& item : items_) sort(item);
+    if (!gather(list)) return python::retain(none());
+    // No Python code runs from here on.
+    const WithoutCollection guard;
+    for (size_t i = 0; i < items_.size(); ++i) {
+      if (i + kAhead < items_.size()) __builtin_prefetch(items_[i + kAhead].tensor.get());
+      sort(items_[i]);
+    }
     return result();
   }
 
@@ -82,6 +126,7 @@ class Reader {
   struct Item {
     Owned tensor;
     int32_t share;
+    bool is_inference;
   };
 
   // Everything that may run Python code, before any address is taken.
@@ -90,8 +135,10 @@ class Reader {
     check(size < 0 ? -1 : 0);
     items_.reserve(static_cast<size_t>(size));
     for (intptr_t i = 0; i < size; ++i) {
-      const Owned given = python::share(checked_borrowed(PyList_GetItem(list, i)));
-      Owned tensor = request_.gradients ? gradient_of(given.get()) : python::share(given.get());
+      const Owned given = python::retain(checked_borrowed(PyList_GetItem(list, i)));
+      if (i + static_cast<intptr_t>(kAhead) < size)
+        __builtin_prefetch(PyList_GetItem(list, i + static_cast<intptr_t>(kAhead)));
+      Owned tensor = request_.gradients ? gradient_of(given.get()) : python::retain(given.get());
       const bool skipped = request_.skip != none() && is_true(PyList_GetItem(request_.skip, i));
       const bool missing = skipped || (request_.gradients && tensor.get() == none());
       // A parameter stands for the gradient that this rank does not have.
@@ -102,21 +149,24 @@ class Reader {
         if (missing) continue;
         Owned local = local_of(tensor.get());
         if (!is_plain(local.get())) return false;
-        items_.push_back({std::move(local), share});
+        add(std::move(local), share);
       } else if (!missing) {
         if (!is_plain(tensor.get())) return false;
-        items_.push_back({std::move(tensor), kNoShare});
+        add(std::move(tensor), kNoShare);
       }
     }
     return true;
   }
 
-  static Owned gradient_of(PyObject* parameter) {
-    return checked(is_plain(parameter) ? grad_of(parameter) : PyObject_GetAttr(parameter, names.grad));
+  void add(Owned tensor, int32_t share) {
+    const bool is_refused = request_.versions && is_inference(tensor.get());
+    items_.push_back({std::move(tensor), share, is_refused});
   }
-  static PyObject* checked_borrowed(PyObject* object) {
-    if (object == nullptr) throw Raised();
-    return object;
+
+  Owned gradient_of(PyObject* parameter) const {
+    return checked(is_plain(parameter) || parameter->type == request_.dtensor
+                       ? grad_of(parameter)
+                       : PyObject_GetAttr(parameter, names.grad));
   }
   static bool is_true(PyObject* object) {
     const int truth = PyObject_IsTrue(checked_borrowed(object));
@@ -128,41 +178,47 @@ class Reader {
     Owned local = checked(PyObject_GetAttr(dtensor, names.local_tensor));
     if (is_plain(local.get())) return local;
     // A functional collective may still be filling it.
-    const Owned wait(PyObject_GetAttr(local.get(), names.trigger_wait));
+    PyObject* const wait = PyObject_GetAttr(local.get(), names.trigger_wait);
     if (wait == nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw Raised();
       PyErr_Clear();
       return local;
     }
-    return checked(PyObject_CallObject(wait.get(), nullptr));
+    return checked(PyObject_CallObject(Owned(wait).get(), nullptr));
   }
 
   int32_t find_share(PyObject* dtensor) {
     const Owned spec = checked(PyObject_GetAttr(dtensor, names.spec));
     Owned mesh = checked(PyObject_GetAttr(spec.get(), names.mesh));
     Owned placements = checked(PyObject_GetAttr(spec.get(), names.placements));
-    // Neighbours in a list are mostly alike: the last one first, then all by identity, then by value.
+    // Neighbours in a list are mostly alike: the last one first.
     const auto is_same = [&](const Share& share) {
-      return share.mesh == mesh && share.placements.get() == placements.get();
+      return share.mesh == mesh && are_of_same_types(share.placements.get(), placements.get());
     };
     if (last_share_ != kNoShare && is_same(shares_[last_share_])) return last_share_;
     for (size_t i = 0; i < shares_.size(); ++i)
       if (is_same(shares_[i])) return last_share_ = static_cast<int32_t>(i);
-    for (size_t i = 0; i < shares_.size(); ++i) {
-      if (shares_[i].mesh != mesh) continue;
-      const int equal = PyObject_RichCompareBool(shares_[i].placements.get(), placements.get(), Py_EQ);
-      check(equal);
-      if (equal) return last_share_ = static_cast<int32_t>(i);
-    }
-    shares_.push_back({std::move(mesh), std::move(placements), python::share(dtensor), checked(PyList_New(0))});
+    shares_.push_back({std::move(mesh), std::move(placements), python::retain(dtensor), checked(PyList_New(0))});
     return last_share_ = static_cast<int32_t>(shares_.size()) - 1;
   }
 
-  // No Python code runs from here on.
+  // Whether a dimension is sharded, replicated or partial is a matter of the placement's type.
+  static bool are_of_same_types(PyObject* a, PyObject* b) {
+    if (a == b) return true;
+    const intptr_t size = PyTuple_Size(a);
+    check(size < 0 ? -1 : 0);
+    if (PyTuple_Size(b) != size) return false;
+    for (intptr_t i = 0; i < size; ++i)
+      if (PyTuple_GetItem(a, i)->type != PyTuple_GetItem(b, i)->type) return false;
+    return true;
+  }
+
   void sort(const Item& item) {
     dlpack::Tensor dl;
     TensorView view{};
     Device device{};
-    const Reason reason = view_of(item.tensor.get(), &dl, &view, &device);
+    Reason reason = view_of(item.tensor.get(), &dl, &view, &device);
+    if (reason == Reason::kNone && item.is_inference) reason = Reason::kInference;
     Section& section = find_section(item.share, device, reason);
     check(PyList_Append(section.list.get(), item.tensor.get()));
     if (reason != Reason::kNone) return;
@@ -173,23 +229,13 @@ class Reader {
   // DLPack does not show the negative bit, under which memory holds -x: norms, scaling and symmetric bounds do not
   // mind.
   Reason view_of(PyObject* tensor, dlpack::Tensor* dl, TensorView* view, Device* device) const {
-    if (dlpack::exchange->from_object(tensor, dl) != 0) {
-      PyErr_Clear();
-      return Reason::kLayout;
-    }
-    const bool on_cpu = dl->device.type == dlpack::kCpu || dl->device.type == dlpack::kCudaHost;
-    if (!(on_cpu ? request_.cpu : dl->device.type == dlpack::kCuda && request_.cuda)) return Reason::kDevice;
-    *device = on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl->device.id};
+    if (!is_strided(tensor, dl)) return Reason::kLayout;
+    if (!find_device(*dl, device) || !(device->index < 0 ? request_.cpu : request_.cuda)) return Reason::kDevice;
     Dtype dtype;
     if (!dlpack::to_dtype(dl->dtype, &dtype)) return Reason::kDtype;
     *view = make_view(dl->data(), dtype, dl->ndim, dl->shape, dl->strides);
     if (lacks_memory(*view)) return Reason::kMemory;
     if (request_.writes && may_overlap_itself(*view)) return Reason::kOverlap;
-    // An inference tensor has no version.
-    if (request_.versions && Owned(version_of(tensor)) == nullptr) {
-      PyErr_Clear();
-      return Reason::kInference;
-    }
     return Reason::kNone;
   }
 
@@ -206,27 +252,25 @@ class Reader {
     if (reason == Reason::kNone) {
       sections_.back().tensors = std::make_unique<Tensors>();
       sections_.back().tensors->device = device;
-      sections_.back().tensors->views.reserve(items_.size());
+      if (sections_.size() == 1) sections_.back().tensors->views.reserve(items_.size());
     }
     return sections_.back();
   }
-
-  static void set(const Owned& tuple, intptr_t i, Owned value) {
-    check(PyTuple_SetItem(tuple.get(), i, value.release()));
-  }
-  static Owned number(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
 
   Owned result() {
     const Owned sections = checked(PyList_New(0)), shares = checked(PyList_New(0));
     for (Section& section : sections_) {
       const Owned tuple = checked(PyTuple_New(6));
-      const bool taken = section.reason == Reason::kNone;
-      set(tuple, 1, std::move(section.list));
-      set(tuple, 2, number(taken ? section.tensors->device.index : -1));
-      set(tuple, 3, number(section.dtypes));
-      set(tuple, 4, number(static_cast<int>(section.reason)));
-      set(tuple, 5, number(section.share));
-      set(tuple, 0, taken ? to_python(std::move(section.tensors)) : python::share(none()));
+      const bool taken = section.tensors != nullptr;
+      set(tuple, 2, to_long(taken ? section.tensors->device.index : -1));
+      set(tuple, 3, to_long(section.dtypes));
+      set(tuple, 4, to_long(static_cast<int>(section.reason)));
+      set(tuple, 5, to_long(section.share));
+      set(tuple, 1, python::retain(section.list.get()));
+      set(tuple, 0,
+          taken ? to_python(std::unique_ptr<Read>(
+                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections, {}}))
+                : python::retain(none()));
       check(PyList_Append(sections.get(), tuple.get()));
     }
     for (Share& share : shares_) {
@@ -238,8 +282,8 @@ class Reader {
       check(PyList_Append(shares.get(), tuple.get()));
     }
     Owned both = checked(PyTuple_New(2));
-    set(both, 0, python::share(sections.get()));
-    set(both, 1, python::share(shares.get()));
+    set(both, 0, python::retain(sections.get()));
+    set(both, 1, python::retain(shares.get()));
     return both;
   }
 
@@ -253,8 +297,8 @@ class Reader {
 
 // read(list, gradients, writes, versions, cpu, cuda, dtensor, skip)
 Owned read(const Arguments& arguments) {
-  const Request request{arguments.truth(1), arguments.truth(2), arguments.truth(3), arguments.truth(4),
-                        arguments.truth(5), arguments[6],       arguments[7]};
+  const Request request{arguments.to_bool(1), arguments.to_bool(2), arguments.to_bool(3), arguments.to_bool(4),
+                        arguments.to_bool(5), arguments[6],         arguments[7]};
   return Reader(request).read(arguments[0]);
 }
 
@@ -293,35 +337,41 @@ bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* un
 Owned units(const Arguments& arguments) {
   const intptr_t size = PyList_Size(arguments[0]);
   check(size < 0 ? -1 : 0);
-  const bool versions = arguments.truth(2);
-  auto tensors = std::make_unique<Tensors>();
+  const bool versions = arguments.to_bool(2);
+  auto read = std::make_unique<Read>(Read{{}, python::retain(arguments[0]), &collections, collections, {}});
+  Tensors& tensors = read->tensors;
+  read->counts.reserve(static_cast<size_t>(size));
+  // As in Reader, no Python code runs while addresses are taken.
+  const WithoutCollection guard;
   for (intptr_t i = 0; i < size; ++i) {
-    PyObject* const tensor = PyList_GetItem(arguments[0], i);
-    PyObject* const bits = PyList_GetItem(arguments[1], i);
-    if (tensor == nullptr || bits == nullptr) throw Raised();
+    PyObject* const tensor = checked_borrowed(PyList_GetItem(arguments[0], i));
+    const long long kept = PyLong_AsLongLong(checked_borrowed(PyList_GetItem(arguments[1], i)));
+    if (kept == -1 && PyErr_Occurred() != nullptr) throw Raised();
     dlpack::Tensor dl;
     Dtype dtype;
-    if (!is_plain(tensor) || dlpack::exchange->from_object(tensor, &dl) != 0 ||
-        (versions && Owned(version_of(tensor)) == nullptr)) {
-      PyErr_Clear();
-      return python::share(none());
-    }
-    const bool on_cpu = dl.device.type == dlpack::kCpu || dl.device.type == dlpack::kCudaHost;
-    const Device device =
-        on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl.device.id};
-    if (i == 0) tensors->device = device;
-    const bool taken = (on_cpu || dl.device.type == dlpack::kCuda) && device.type == tensors->device.type &&
-                       device.index == tensors->device.index && dlpack::to_dtype(dl.dtype, &dtype);
-    const double kept = PyFloat_AsDouble(bits);
-    if (kept == -1.0 && PyErr_Occurred() != nullptr) throw Raised();
-    if (!taken || !add_units(dl, dtype, static_cast<uint64_t>(kept), tensors.get())) return python::share(none());
+    Device device;
+    if (!is_plain(tensor) || (versions && is_inference(tensor)) || !is_strided(tensor, &dl) ||
+        !find_device(dl, &device) || !dlpack::to_dtype(dl.dtype, &dtype))
+      return python::retain(none());
+    if (i == 0) tensors.device = device;
+    const size_t before = tensors.views.size();
+    if (device.type != tensors.device.type || device.index != tensors.device.index ||
+        !add_units(dl, dtype, static_cast<uint64_t>(kept), &tensors))
+      return python::retain(none());
+    read->counts.push_back(tensors.views.size() - before);
   }
-  const long index = tensors->device.index, count = static_cast<long>(tensors->views.size());
+  const int64_t count = static_cast<int64_t>(tensors.views.size()), index = tensors.device.index;
   Owned found = checked(PyTuple_New(3));
-  check(PyTuple_SetItem(found.get(), 0, to_python(std::move(tensors)).release()));
-  check(PyTuple_SetItem(found.get(), 1, checked(PyLong_FromLong(count)).release()));
-  check(PyTuple_SetItem(found.get(), 2, checked(PyLong_FromLong(index)).release()));
+  set(found, 0, to_python(std::move(read)));
+  set(found, 1, to_long(count));
+  set(found, 2, to_long(index));
   return found;
+}
+
+// For gc.callbacks: count_collection(phase, info).
+Owned count_collection(const Arguments&) {
+  ++collections;
+  return python::retain(none());
 }
 
 }  // namespace
@@ -340,7 +390,8 @@ FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObj
                      intern("_spec"), intern("mesh"), intern("placements"), intern("trigger_wait")};
     reader::grad_of = reader::find_property(tensor_base, "grad");
     reader::version_of = reader::find_property(tensor_base, "_version");
-    static PyMethodDef methods[] = {python::method<reader::read>("read"), python::method<reader::units>("units")};
+    static PyMethodDef methods[] = {python::method<reader::read>("read"), python::method<reader::units>("units"),
+                                    python::method<reader::count_collection>("count_collection")};
     return python::functions(methods);
   });
 }

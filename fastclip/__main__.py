@@ -6,65 +6,83 @@ import argparse
 import contextlib
 import importlib
 import os
-import platform
-import runpy
+import subprocess
 import sys
-
-import torch
+from pathlib import Path
 
 import fastclip
 
-from . import _ops
+STARTUP = Path(__file__).parent / "_startup"
 
 
 def info() -> int:
-    print(f"fastclip {fastclip.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
-    print(f"CPU kernels: {_ops.cpu_isa() or 'none'}")
-    for name, reason in fastclip.backends().items():
-        print(f"backend {name}: {reason or 'available'}")
+    from ._info import lines
+
+    print(*lines(), sep="\n")
     return 0
 
 
 def run(argv: list[str]) -> int:
-    """Runs a script or a module, unchanged, with torch's clip functions replaced."""
+    """Runs a program as python itself would, in processes that patch torch when they import it."""
+    backend, program = _parse_run(argv)
+    environment = _environment(backend)
+    command = [sys.executable, *_interpreter_options(), *program]
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execve(sys.executable, command, environment)
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _parse_run(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The backend to force, and what python is to run; of that, nothing is looked at."""
     parser = argparse.ArgumentParser(
         prog="python -m fastclip run",
-        description="Runs a training script with fastclip in the place of torch.nn.utils' clip functions.",
-        usage="%(prog)s [-h] [--backend NAME] (-m module | script.py) [args ...]",
+        description="Runs a training program with fastclip in the place of torch.nn.utils' clip functions, in every "
+        "python process that it starts.",
+        usage="%(prog)s [-h] [--backend NAME] (-m module | -c code | script.py) [args ...]",
     )
     parser.add_argument("--backend", metavar="NAME", help="force one backend, see `python -m fastclip info`")
-    parser.add_argument("-m", dest="module", action="store_true", help="the first argument is a module, as for python")
-    parser.add_argument("program", help="script or module to run")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
-    options = parser.parse_args(argv)
-    with contextlib.ExitStack() as stack:
-        if options.backend:
-            try:
-                stack.enter_context(fastclip.use_backend(options.backend))
-            except ValueError as error:
-                parser.error(f"--backend: {error}")
-        stack.enter_context(fastclip.patch())
-        # What the program sees is what python itself would have given it.
-        sys.argv = [options.program, *options.args]
-        if options.module:
-            sys.path[0] = os.getcwd()
-            runpy.run_module(options.program, run_name="__main__", alter_sys=True)
-        else:
-            if not os.path.exists(options.program):
-                parser.error(f"can't open file {options.program!r}")
-            sys.path[0] = os.path.dirname(os.path.abspath(options.program))
-            runpy.run_path(options.program, run_name="__main__")
-    return 0
+    own = 0
+    while own < len(argv) and argv[own].startswith("-") and argv[own] not in ("-m", "-c", "-"):
+        own += 2 if argv[own] == "--backend" else 1
+    options = parser.parse_args(argv[:own])
+    program = argv[own:]
+    if not program or program in (["-m"], ["-c"]):
+        parser.error("a script, or -m and a module, is missing")
+    if options.backend:
+        try:
+            with fastclip.use_backend(options.backend):
+                pass
+        except ValueError as error:
+            parser.error(f"--backend: {error}")
+    if sys.flags.no_site or sys.flags.ignore_environment:
+        parser.error("python's -E, -I and -S keep its start from being changed: call fastclip.patch() in the program")
+    return options.backend, program
+
+
+def _environment(backend: str | None) -> dict[str, str]:
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    entries = [str(STARTUP), *(entry for entry in given if entry != str(STARTUP))]
+    forced = {"FASTCLIP_BACKEND": backend} if backend else {}
+    return {**os.environ, **forced, "PYTHONPATH": os.pathsep.join(entries)}
+
+
+def _interpreter_options() -> list[str]:
+    """The options that python itself was started with."""
+    words = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if words[-2:] == ["-m", "fastclip"]:
+        return words[:-2]
+    # As multiprocessing finds them; it does not know of -u.
+    return subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastclip", description=fastclip.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,demo,run}")
-    commands.add_parser("info", help="versions, and which backends can be used here")
+    commands.add_parser("info", help="what a bug report needs: versions, backends, devices")
     commands.add_parser("bench", help="fastclip against torch: time, bandwidth, error", add_help=False)
     commands.add_parser("demo", help="what clipping does: two experiments on real data", add_help=False)
-    commands.add_parser("run", help="run a training script with fastclip in torch's place", add_help=False)
+    commands.add_parser("run", help="run a training program with fastclip in torch's place", add_help=False)
     options, rest = parser.parse_known_args(sys.argv[1:2])
     rest = [*rest, *sys.argv[2:]]
     if options.command == "run":
@@ -76,4 +94,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status: int | None = None
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has what it wanted: whatever is printed from here on, python's own last flush included, goes nowhere.
+        status = 1
+        with contextlib.suppress(OSError):  # a stdout that is closed takes nothing anyway
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""The six ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
+"""The ops ``torch.ops.fastclip.*``: schemas, fake kernels, autograd behaviour, and the compiled libraries.
 
 Engines register their kernels for a device key; the compiled libraries do so when they are loaded here.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from . import _install
+
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
-    "scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
     "scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
+    "sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
-    "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None) -> Tensor",
+    "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, Tensor(b!)? found_inf=None, "
+    "Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor",
 )
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -48,7 +53,11 @@ def _fake_tensor_norms(tensors, norm_type):
     return tensors[0].new_empty((len(tensors),), dtype=torch.float64)
 
 
-def _fake_scale_(tensors, clip_coef):
+def _fake_scale_(tensors, clip_coef, *, zero=False):
+    _check_one_device(tensors)
+
+
+def _fake_sanitize_(tensors):
     _check_one_device(tensors)
 
 
@@ -60,7 +69,7 @@ def _fake_clamp_(tensors, min, max):
     _check_one_device(tensors)
 
 
-def _fake_clip_grad_norm_(grads, max_norm, norm_type, *, dtype=None):
+def _fake_clip_grad_norm_(grads, max_norm, norm_type, nonfinite=0, found_inf=None, inv_scale=None, *, dtype=None):
     _check_one_device(grads)
     if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
@@ -83,12 +92,17 @@ def _untraced(function: Callable) -> Callable:
 
 
 def _bump_versions(op: torch._ops.OpOverload):
+    names = [argument.name for argument in op._schema.arguments[1:]]
+    found_inf = names.index("found_inf") if "found_inf" in names else len(names)
+
     @_untraced
     def kernel(keyset, tensors, *args, **kwargs):
         _check_not_inference(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, *args, **kwargs)
         torch.autograd.graph.increment_version(tensors)
+        if len(args) > found_inf and args[found_inf] is not None:
+            torch.autograd.graph.increment_version(args[found_inf])
         return result
 
     return kernel
@@ -114,6 +128,7 @@ norm_partial = torch.ops.fastclip.norm_partial.default
 tensor_norms = torch.ops.fastclip.tensor_norms.default
 scale_ = torch.ops.fastclip.scale_.default
 scale_each_ = torch.ops.fastclip.scale_each_.default
+sanitize_ = torch.ops.fastclip.sanitize_.default
 clamp_ = torch.ops.fastclip.clamp_.default
 clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
 
@@ -122,7 +137,7 @@ def _load(name: str, without: str) -> tuple[ctypes.CDLL | None, str | None]:
     """Loads a compiled library: (library, None), or (None, the reason why not)."""
     path = Path(__file__).with_name(name)
     if not path.exists():
-        return None, f"{name} was not built (no {without} at install time)"
+        return None, _install.why_not_built(name, without)
     try:
         return ctypes.CDLL(str(path)), None
     except OSError as error:
@@ -207,6 +222,9 @@ compiled_for = frozenset(
 cpu_engine = builtins_of(cpu_library, "cpu")
 cuda_engine = builtins_of(cuda_library, "cuda")
 _reader = builtins_of(cpu_library, "reader", torch._C.TensorBase, Tensor, torch.nn.Parameter)
+if _reader:
+    # A finalizer may give a tensor other memory: after a collection the addresses are compared.
+    gc.callbacks.append(_reader.count_collection)
 # read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
 read = _reader and _reader.read
 # units(list, kept, versions) -> (views, count, device) or None, in the same file.

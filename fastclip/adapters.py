@@ -87,20 +87,19 @@ def multi_tensor_scale_tensor(
         return
     scale = scale.detach().double().reshape(())
     largest = gradients.of_tensors(sources).norm_partial(math.inf)
-    pairs = [
-        (source, target, torch.promote_types(source.dtype, target.dtype))
-        for source, target in zip(*tensor_lists, strict=True)
-    ]
-    in_place = [target for _, target, wide in pairs if wide == target.dtype]
-    scaled = gradients.of_tensors(in_place, writes=True) if in_place else None
-    for source, target, wide in pairs:
+    written = gradients.of_tensors(targets, writes=True)
+    wides = [torch.promote_types(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)]
+    in_place = [target for target, wide in zip(targets, wides, strict=True) if wide == target.dtype]
+    if len(in_place) < len(targets):
+        written = gradients.of_tensors(in_place, writes=True) if in_place else None
+    for source, target, wide in zip(sources, targets, wides, strict=True):
         if wide != target.dtype:
             # The product in the wider dtype, rounded once when it is stored.
             torch.mul(source.to(wide), scale.to(source.device), out=target)
         elif source is not target:
             target.copy_(source)
-    if scaled:
-        scaled.scale_(scale)
+    if written:
+        written.scale_(scale)
     noop_flag.masked_fill_(~largest.isfinite().to(noop_flag.device), 1)
 
 

@@ -66,5 +66,36 @@ def root(partial: Tensor, norm_type: float) -> Tensor:
 
 
 def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
-    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays."""
+    """``min(max_norm / (total_norm + 1e-6), 1)``, rounded in torch's order: reciprocal, then product; NaN stays.
+
+    No norm reaches a bound of inf.
+    """
+    if torch.compiler.is_compiling():  # it may know no value of max_norm
+        coef = ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+        return torch.where(torch.ones_like(total_norm) * max_norm == math.inf, 1.0, coef)
+    if max_norm == math.inf:
+        return torch.ones_like(total_norm)
     return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+
+
+def scaled_norm(total_norm: Tensor, norm_type: float, inv_scale: float | Tensor) -> Tensor:
+    """The norm of the gradients times ``inv_scale``, from theirs."""
+    factor = as_number(inv_scale, total_norm.device)
+    if norm_type == 0:  # a count of tensors
+        return torch.where(factor != 0, total_norm, 0.0)
+    return total_norm * factor.abs()
+
+
+def clip_factor(scaled_norm: Tensor, max_norm: float, inv_scale: float | Tensor | None, zero: bool) -> Tensor:
+    """What the gradients are multiplied by, from that norm; with ``zero`` a 0 makes zeros of whatever they are."""
+    factor = clip_coef(scaled_norm, max_norm)
+    if inv_scale is not None:
+        factor = factor * as_number(inv_scale, factor.device)
+    return torch.where(scaled_norm.isfinite(), factor, 0.0) if zero else factor
+
+
+def as_number(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number, 0-dim and wide, on a device, for which no device waits."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, wide_dtype(device))
+    return torch.full((), value, dtype=wide_dtype(device), device=device)

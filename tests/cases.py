@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from fastclip.backends.triton_ import CHUNK
 from reference import FLOATS, LOW
 
-CHUNK = 65_536  # elements of one chunk, the unit of work and of one partial
 GUARD = 64  # elements: every view starts 64-byte aligned when its own offset is 0
 
 
@@ -354,6 +354,12 @@ def grid(*, readonly: bool = True, complexes: bool = True) -> list:
         if (readonly or not one.readonly) and (complexes or one.kernel)
         for dtype in one.dtypes
     ]
+
+
+def in_turn(values: Sequence, case: Case, dtype: torch.dtype, count: int = 1) -> list:
+    """Return `count` of the values, which the dtypes of a case share out among them; the next case starts one later."""
+    first = CASES.index(case) + count * case.dtypes.index(dtype)
+    return [values[(first + i) % len(values)] for i in range(count)]
 
 
 def parameters(grads) -> list[torch.nn.Parameter]:

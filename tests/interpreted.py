@@ -1,6 +1,6 @@
 """What test_triton.py runs in processes of their own, under TRITON_INTERPRET=1: the kernels on CPU tensors.
 
-It proves values, offsets, masks and the plan. It proves nothing about the compiler, about speed, or about memory order
+It proves values, offsets, masks and the table. It proves nothing about the compiler, about speed, or about memory order
 between programs, which run one after the other here.
 """
 
@@ -271,3 +271,26 @@ class reference_of:
     def __exit__(self, kind, error, traceback):
         if error is not None:
             raise AssertionError(f"{self.what}: {error!r}") from error
+
+
+def policies() -> int:
+    """Zeros, sanitized elements, a scale and found_inf, of every dtype."""
+    prepare()
+    done, generator = 0, torch.Generator().manual_seed(7)
+    for bad, dtype, nonfinite in itertools.product((1.0, math.nan), reference.FLOATS, (0, 1, 2)):
+        grads = [random(generator, dtype, n, offset=k) for n, k in ((1, 0), (5, 1), (9_000, 3))]
+        grads[2][8_999] = bad
+        twins, found_inf = [g.clone() for g in grads], torch.tensor(7.0)
+        if nonfinite == 2:
+            twins = [g.masked_fill(~g.isfinite(), 0.0) for g in grads]
+        arguments = 0.5, 2.0, nonfinite, found_inf, torch.tensor(0.25)
+        norm = torch.ops.fastclip_triton.clip_grad_norm_(grads, *arguments, dtype=torch.float64).item()
+        reference.assert_norm(torch.tensor(norm, dtype=torch.float64), reference.total_norm(twins) * 0.25)
+        assert found_inf.item() == (not math.isfinite(norm))
+        if nonfinite == 1 and not math.isfinite(norm):
+            twins = [torch.zeros_like(g) for g in grads]
+        else:
+            reference.scale_rounded_(twins, reference.clip_coef(norm, 0.5) * 0.25)
+        reference.assert_bits(grads, twins)
+        done += 1
+    return done

@@ -84,7 +84,9 @@ def total_norm(tensors, norm_type: float | str = 2.0) -> float:
 
 
 def clip_coef(norm: float, max_norm: float) -> float:
-    """Return torch's factor: reciprocal, then product, then clamped to at most 1 with NaN kept."""
+    """Return torch's factor: reciprocal, then product, then at most 1 with NaN kept; 1 if the bound is inf."""
+    if max_norm == math.inf:
+        return 1.0
     with np.errstate(all="ignore"):
         coef = float(np.float64(1.0) / (np.float64(norm) + 1e-6) * np.float64(max_norm))
     return 1.0 if coef > 1 else coef

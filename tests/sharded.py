@@ -437,7 +437,8 @@ def one_collective_for_each_set_of_sharded_dimensions():
             grads = [sharded(f, *kind) for f, kind in zip(full_tensors(shapes), kinds, strict=True)]
             with collectives() as seen:
                 fastclip.get_total_norm(grads, norm_type)
-            assert seen == sizes, (norm_type, seen, sizes)
+            # Below 0 a second number tells whether there are elements at all.
+            assert seen == [size * (2 if norm_type < 0 else 1) for size in sizes], (norm_type, seen, sizes)
 
 
 @check(CHECKS)
@@ -767,6 +768,7 @@ def _fsdp1_with_one_left_alone(use_orig_params):
     """A model of which one module is ignored by FSDP, and its parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3))
     alone = nn.Linear(3, 2)
     model.append(alone)
@@ -799,6 +801,77 @@ def fsdp1_inf_norm_with_what_is_not_sharded():
         assert results[1][0].item() == 99.0 + dist.get_world_size()
         for theirs, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=1e-9)
+
+
+@check(CHECKS)
+def what_is_not_finite_on_one_rank():
+    """Every rank takes the same decision, from the reduced norm."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for nonfinite, bad in (("zero", math.nan), ("zero", 1.0), ("sanitize", math.inf), ("propagate", -math.inf)):
+        grads = [sharded(full, mesh_1d(), [Shard(0)]) for full in full_tensors()]
+        if last:
+            grads[3].to_local()[-1, -1] = bad
+        made, found_inf = [parameter(grad) for grad in grads], torch.tensor(math.nan)
+        whole = [plain(grad).clone() for grad in grads]
+        norm = fastclip.clip_grad_norm_(made, 0.5, nonfinite=nonfinite, found_inf=found_inf, inv_scale=0.25)
+        if nonfinite == "sanitize":
+            whole = [grad.masked_fill(~grad.isfinite(), 0.0) for grad in whole]
+        expected = reference.total_norm(whole) * 0.25
+        with during(nonfinite, bad):
+            assert_same_on_all_ranks(plain(norm).item().hex())
+            assert found_inf.item() == (not math.isfinite(expected))
+            factor = reference.clip_coef(expected, 0.5) * 0.25
+            for p, want in zip(made, whole, strict=True):
+                zeroed = nonfinite == "zero" and not math.isfinite(expected)
+                want = torch.zeros_like(want) if zeroed else want * factor
+                torch.testing.assert_close(plain(p.grad), want, rtol=1e-6, atol=0, equal_nan=True)
+            found_inf.fill_(math.nan)
+            fastclip.clip_grad_value_([parameter(g) for g in grads], 1.0, found_inf=found_inf, inv_scale=2.0)
+            assert found_inf.item() == (nonfinite == "propagate")
+
+
+@check(CHECKS)
+def a_plain_gradient_of_one_rank_that_is_not_finite():
+    grads = [torch.tensor([3.0, math.nan if dist.get_rank() == 0 else 4.0])]
+    found_inf = torch.tensor(math.nan)
+    group = dist.group.WORLD
+    fastclip.clip_grad_norm_([parameter(grads[0])], 1.0, process_group=group, nonfinite="zero", found_inf=found_inf)
+    assert found_inf.item() == 1.0
+    assert grads[0].tolist() == [0.0, 0.0]
+
+
+@check(CHECKS)
+def partial_gradients_cannot_be_sanitized():
+    """Their values are sums that are not there yet; nothing is written."""
+    grad = sharded(full_tensors()[3], mesh_1d(), [Partial()])
+    before = grad.to_local().clone()
+    with pytest.raises(RuntimeError, match="nonfinite: a gradient with Partial placements"):
+        fastclip.clip_grad_norm_([parameter(grad)], 1.0, nonfinite="sanitize")
+    assert torch.equal(grad.to_local(), before)
+
+
+@check(CHECKS)
+def steps_of_sharded_parameters():
+    """Clipped and skipped on step: one decision, and the weights of the whole parameters."""
+    for name, defer in (("AdamW", "auto"), ("Adam", True), ("SGD", "auto")):
+        whole = [nn.Parameter(full) for full in full_tensors(seed=2)]
+        pieces = [nn.Parameter(sharded(full, mesh_1d(), [Shard(0)])) for full in full_tensors(seed=2)]
+        make, options = getattr(torch.optim, name), {} if name == "SGD" else {"fused": True}
+        mine, other = make(pieces, lr=0.01, **options), make(whole, lr=0.01, **options)
+        handle = fastclip.clip_on_step(mine, 1.0, nonfinite="skip", defer=defer)
+        for step in range(10):
+            fulls = full_tensors(seed=step)
+            if step == 4:
+                fulls[3][-1, -1] = math.nan  # on the last rank
+            for piece, p, full in zip(pieces, whole, fulls, strict=True):
+                piece.grad, p.grad = sharded(full, mesh_1d(), [Shard(0)]), full
+            mine.step()
+            if step != 4:
+                torch.nn.utils.clip_grad_norm_(whole, 1.0)
+                other.step()
+        assert handle.skipped_steps == 1
+        for piece, p in zip(pieces, whole, strict=True):
+            torch.testing.assert_close(plain(piece).detach(), p.detach(), rtol=1e-5, atol=1e-7)
 
 
 @check(CHECKS)

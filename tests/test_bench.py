@@ -151,14 +151,15 @@ def test_saved_run_has_table_chart_and_bars(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(bars, "CPU_BARS", (bars.Bar("lstm", "norm-clip", "ms", 1e-9), bars.Bar("x", "y", "ratio", 1.0)))
     arguments = [*ONE_ROUND_EACH, "--regime", "norm-clip", "--check-bars", "--save", str(tmp_path)]
-    assert main([*arguments, "--plot", str(tmp_path / "chart.png")]) == 1
+    rows = tmp_path / "rows.json"
+    assert main([*arguments, "--plot", str(tmp_path / "chart.png"), "--json", str(rows)]) == 1
     saved = sorted(path.suffix for path in tmp_path.iterdir())
-    assert saved == [".json", ".md", ".png", ".png"]
+    assert saved == [".json", ".md", ".png", ".png"]  # rows only where they are asked for
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     text = next(tmp_path.glob("*.md")).read_text()
     assert "| norm-clip | torch foreach |" in text
     assert "| lstm | norm-clip |" in text
-    verdicts = [bar["verdict"] for bar in json.loads(next(tmp_path.glob("*.json")).read_text())["bars"]]
+    verdicts = [bar["verdict"] for bar in json.loads(rows.read_text())["bars"]]
     assert verdicts == ["miss", "not measured"]
     assert "not measured" in capsys.readouterr().out
 
@@ -190,7 +191,7 @@ def test_chart_without_matplotlib_is_refused_before_any_work(monkeypatch, capsys
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         main(["--plot", "chart.png"])
-    assert "pip install 'fastclip[bench]'" in capsys.readouterr().err
+    assert "pip install 'torch-fastclip[bench]'" in capsys.readouterr().err
 
 
 def test_measure_interleaves_and_keeps_prepare_out():
@@ -290,12 +291,12 @@ def test_rows_on_a_gpu(clockwork, monkeypatch):
     assert {r["provider"] for r in rows} == {"device copy", *(p.name for p in everyone)}
 
 
-@pytest.mark.parametrize("chunk", [3, 130, 70_000])
-def test_gate_finds_the_element_in_any_batch(chunk):
+@pytest.mark.parametrize("piece", [3, 130, 70_000])
+def test_gate_finds_the_element_in_any_batch(piece):
     """Pieces of many tensors are compared at once; what differs is still named."""
     gradients = Gradients(Case("x", "", tuple(((n,), d) for n in (5, 1, 200, 4) for d in (torch.float32,) * 2)), CPU)
-    gradients.chunk = chunk
-    assert all(sum(len(g) for _, g, _ in batch) <= chunk for batch in gradients._batches())
+    gradients.piece = piece
+    assert all(sum(len(g) for _, g, _ in batch) <= piece for batch in gradients._batches())
     value = next(regime for regime in REGIMES if regime.name == "value-noop")
     assert gradients.differences(value, None) is None
     for i, k in ((0, 0), (2, 0), (4, 0), (5, 199), (7, 3)):
@@ -361,10 +362,12 @@ def test_report_of_a_gpu(h100, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(bench, "run_case", measured)
     cases = [f"--case={name}" for name in ("2000-tiny", "lora-8b-r16")]
-    assert main(["--device", "cuda", *cases, "--check-bars", "--save", str(tmp_path)]) == 1
-    saved = {path.suffix: path for path in tmp_path.iterdir()}
+    rows, folder = tmp_path / "rows.json", tmp_path / "saved"
+    assert main(["--device", "cuda", *cases, "--check-bars", "--save", str(folder), "--json", str(rows)]) == 1
+    saved = {path.suffix: path for path in folder.iterdir()}
+    assert set(saved) == {".md", ".png"}
     assert {path.stem for path in saved.values()} == {"2000-01-01-nvidia-h100-80gb-hbm3"}
-    report = json.loads(saved[".json"].read_text())
+    report = json.loads(rows.read_text())
     assert report["conditions"]["gpu"] == H100.name
     assert [bar["verdict"] for bar in report["bars"] if bar["case"] == "2000-tiny"] == ["not measured", "pass"]
     text = saved[".md"].read_text()

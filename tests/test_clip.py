@@ -9,7 +9,7 @@ import torch
 
 import fastclip
 import reference
-from cases import CHUNK, grid, parameters, place, random
+from cases import CHUNK, grid, in_turn, parameters, place, random
 from fastclip.backends import eager
 from test_norms import forced, promoted
 
@@ -18,47 +18,43 @@ MAX_NORMS = (0.5, 1e-3, 1e6, 0.0, -1.0, math.inf, -math.inf, math.nan)
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False))
 def test_clip(backend, case, dtype, fence):
+    """Against the oracle, by an order in turn; that every order has its norm is for test_norms."""
     if not forced(backend, case):
         return
-    for norm_type in (2.0, 1.0, math.inf, 0.0, 3.0):
-        grads = case.make(dtype)
-        norm = reference.total_norm(grads, norm_type)
-        max_norm = norm / 3 if 0 < norm < math.inf else 0.5
-        expected, times = reference.clip_by_norm(grads, reference.clip_coef(norm, max_norm)), reference.writes(grads)
-        beside = fence(grads)
+    (norm_type,) = in_turn((2.0, 1.0, math.inf, 0.0, 3.0), case, dtype)
+    grads = case.make(dtype)
+    norm = reference.total_norm(grads, norm_type)
+    max_norm = norm / 3 if 0 < norm < math.inf else 0.5
+    expected, times = reference.clip_by_norm(grads, reference.clip_coef(norm, max_norm)), reference.writes(grads)
+    beside = fence(grads)
 
-        returned = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_type)
+    returned = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_type)
 
-        with reference.during(norm_type):
-            reference.assert_norm(returned, norm, promoted(grads))
-            reference.assert_grads(grads, expected, times)
-            assert beside.outside_unchanged()
-
-
-@pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
-def test_bits(backend, case, dtype):
-    """From the wide norm on every bit is defined: coefficient in float64, cast to opmath, one product, one rounding."""
-    for max_norm in MAX_NORMS:
-        grads, twins = case.make(dtype), case.make(dtype)
-        norm = fastclip.clip_grad_norm_(parameters(grads), max_norm, norm_dtype=torch.float64)
-        reference.scale_rounded_(twins, reference.clip_coef(norm.item(), max_norm))
-        with reference.during(max_norm):
-            reference.assert_bits(grads, twins)
+    with reference.during(norm_type):
+        reference.assert_norm(returned, norm, promoted(grads))
+        reference.assert_grads(grads, expected, times)
+        assert beside.outside_unchanged()
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False))
-def test_split_pair(backend, case, dtype):
-    """The two halves are the whole: the same norm but for the rounding of a square root, and from it the same bits."""
+def test_bits(backend, case, dtype):
+    """From the wide norm on every bit is defined: coefficient in float64, cast to opmath, one product, one rounding.
+
+    The two halves are the whole: the same norm but for the rounding of a square root, and from it the same bits.
+    """
     if not forced(backend, case):
         return
-    for norm_type in (2.0, math.inf):
-        together, apart = case.make(dtype), case.make(dtype)
-        norm = fastclip.clip_grad_norm_(parameters(together), 0.7, norm_type, norm_dtype=torch.float64)
+    for max_norm, norm_type in zip(in_turn(MAX_NORMS, case, dtype, 2), (2.0, math.inf), strict=True):
+        together, apart, twins = (case.make(dtype) for _ in range(3))
+        norm = fastclip.clip_grad_norm_(parameters(together), max_norm, norm_type, norm_dtype=torch.float64)
         total_norm = fastclip.get_total_norm(apart, norm_type, norm_dtype=torch.float64)
-        assert fastclip.clip_grads_with_norm_(parameters(apart), 0.7, norm) is None
-        with reference.during(norm_type):
+        assert fastclip.clip_grads_with_norm_(parameters(apart), max_norm, norm) is None
+        with reference.during(max_norm, norm_type):
             assert total_norm.item() == pytest.approx(norm.item(), rel=3e-16, abs=0, nan_ok=True)
             reference.assert_bits(apart, together)
+            if case.kernel:
+                reference.scale_rounded_(twins, reference.clip_coef(norm.item(), max_norm))
+                reference.assert_bits(together, twins)
 
 
 @pytest.mark.parametrize("dtype", reference.FLOATS)

@@ -13,7 +13,7 @@ import torch
 import fastclip
 import on_cpu
 import reference
-from cases import CASES, CHUNK, grid, parameters, place, poison, random
+from cases import CASES, CHUNK, grid, in_turn, parameters, place, poison, random
 from fastclip import _ops
 from test_norms import check_high_orders
 from test_ops import arguments, gradients, step
@@ -55,9 +55,10 @@ def twins(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
 def test_norm(case, dtype):
-    """2, 1, inf, -inf, 0, and one of the other orders, in turn."""
+    """2, 1, inf, -inf, 0 and one of the other orders, which the dtypes share out."""
     tensors = case.make(dtype)
-    for norm_type in (*KINDS[:5], OTHER_ORDERS[(CASES.index(case) + dtype.itemsize) % len(OTHER_ORDERS)]):
+    orders = (*KINDS[:5], OTHER_ORDERS[CASES.index(case) % len(OTHER_ORDERS)])
+    for norm_type in in_turn(orders, case, dtype, 2):
         norm = fastclip.get_total_norm(tensors, norm_type, norm_dtype=torch.float64)
         with reference.during(norm_type):
             reference.assert_norm(norm, reference.total_norm(tensors, norm_type), torch.float64)
@@ -442,3 +443,37 @@ def test_plain(ops, fence):
     with on_cpu.failing(0), pytest.raises(RuntimeError, match="clamp_kernel: unspecified launch failure"):
         fastclip.clip_grad_value_(parameters(ours), 0.01)
     assert before.unchanged()
+
+
+@pytest.mark.parametrize("call", ["norm", "with norm", "value"])
+def test_a_launch_that_fails(ops, call):
+    """Each call of CUDA's runtime in turn: all is right, or nothing has changed, or the error says so."""
+
+    def clip(grads):
+        made = parameters(grads)
+        if call == "norm":
+            fastclip.clip_grad_norm_(made, 0.1)
+        elif call == "with norm":
+            fastclip.clip_grads_with_norm_(made, 0.1, torch.tensor(5.0))
+        else:
+            fastclip.clip_grad_value_(made, 0.1)
+
+    def make():
+        one = torch.linspace(-1, 1, 40)
+        return [one, *(torch.full((3,), 0.5 + i) for i in range(20)), torch.ones(9)[::2], one]
+
+    right = make()
+    clip(right)
+    for calls in itertools.count():
+        grads, said = make(), ""
+        with on_cpu.failing(calls):
+            try:
+                clip(grads)
+            except RuntimeError as error:
+                said = str(error)
+        if not said:
+            break
+        unchanged = all(torch.equal(a, b) for a, b in zip(grads, make(), strict=True))
+        assert unchanged or "gradients may be partly written" in said, calls
+    assert calls > 3
+    reference.assert_bits(grads, right)

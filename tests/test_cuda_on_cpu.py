@@ -12,11 +12,9 @@ pytestmark = pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_
 
 
 @pytest.mark.parametrize(
-    "check", ["reduction", "dropped_barrier", "shuffle", "divergence", "misaligned", "poison", "errors", "speed"]
+    "check", ["reduction", "dropped_barrier", "shuffle", "divergence", "misaligned", "poison", "errors"]
 )
 def test_simulator(check):
     program = on_cpu.build("selftest", [on_cpu.HEADERS / "selftest.cpp"])
     result = subprocess.run([program, check], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
-    if check == "speed":
-        assert float(result.stdout.split()[0]) < 5  # 0.2 ms on a quiet machine

@@ -124,7 +124,7 @@ def test_missing_extra(name, monkeypatch, capsys, tmp_path):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert name in error
-    assert "pip install fastclip[demo]" in error
+    assert "pip install 'torch-fastclip[demo]'" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,9 @@ import fastclip
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["_dispatch", "adapters", "clip", "functional", "patch", "policy"])
+@pytest.mark.parametrize(
+    "name", ["_dispatch", "adapters", "amp", "clip", "functional", "optimizers", "patch", "policy"]
+)
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fastclip.{name}"))
     assert result.attempted > 0

@@ -320,6 +320,15 @@ def test_when_the_cuda_library_is_used(monkeypatch, cuda, built, driver, reason)
         assert not library.registered
 
 
+@pytest.mark.parametrize("devices", [0, 1])
+def test_a_driver_without_a_device_is_a_reason(monkeypatch, devices):
+    """A container without the device, or CUDA_VISIBLE_DEVICES="": the library is loaded, and has nothing to run on."""
+    monkeypatch.setattr(_ops, "cuda_unavailable", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    reason = fastclip.backends()["cuda"]
+    assert reason is None if devices else "no device" in reason
+
+
 def test_cpu_is_available(cpu):
     assert fastclip.backends()["cpu"] is None
 

@@ -445,3 +445,110 @@ def test_strides_beyond_32_bits():
     assert view.flatten().tolist() == [0.5, -1.0, 1.0, 2.0]
     fastclip.clip_grad_value_(parameters([view]), 0.75)
     assert view.flatten().tolist() == [0.5, -0.75, 0.75, 0.75]
+
+
+# What a clip carries, and the step around it
+
+
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "sanitize"])
+def test_policies_without_a_wait(engine, nonfinite, bad):
+    values = [torch.randn(70_001), torch.randn(5, dtype=torch.bfloat16), torch.randn(300, dtype=torch.float64)]
+    if bad is not None:
+        values[0][65_540] = bad
+    grads, found_inf = [value.to(GPU) for value in values], torch.full((), math.nan, device=GPU)
+    inv_scale = torch.tensor(0.25, device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = fastclip.clip_grad_norm_(
+            parameters(grads),
+            0.5,
+            nonfinite=nonfinite,
+            found_inf=found_inf,
+            inv_scale=inv_scale,
+            norm_dtype=torch.float64,
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if nonfinite == "sanitize":
+        values = [value.masked_fill(~value.isfinite(), 0.0) for value in values]
+    expected = reference.total_norm(values) * 0.25
+    reference.assert_norm(norm.cpu(), expected, torch.float64)
+    assert found_inf.item() == (not math.isfinite(expected))
+    if nonfinite == "zero" and not math.isfinite(expected):
+        values = [torch.zeros_like(value) for value in values]
+    else:
+        reference.scale_rounded_(values, reference.clip_coef(norm.item(), 0.5) * 0.25)
+    assert_same(grads, values)
+
+
+def _steps(count: int, hook: dict | None, bad: tuple[int, ...] = ()):
+    """AdamW's parameters after so many steps, clipped by hand where there is no hook."""
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.nn.Parameter(torch.randn(n, generator=generator).to(GPU)) for n in (1000, 17)]
+    optimizer = torch.optim.AdamW(made, lr=0.01, fused=True)
+    handle = None if hook is None else fastclip.clip_on_step(optimizer, 1.0, **hook)
+    for step in range(count):
+        for p in made:
+            p.grad = torch.randn(p.shape, generator=generator).to(GPU)
+        if step in bad:
+            made[1].grad[3] = math.nan
+            if hook is None:
+                continue
+        if hook is None:
+            torch.nn.utils.clip_grad_norm_(made, 1.0)
+        optimizer.step()
+    return [p.detach().cpu() for p in made], handle
+
+
+@pytest.mark.parametrize("defer", ["auto", True, False])
+def test_a_fused_step_is_clipped_and_skipped_on_the_device(defer):
+    ours, handle = _steps(20, {"nonfinite": "skip", "defer": defer}, bad=(3, 4, 11))
+    theirs, _ = _steps(20, None, bad=(3, 4, 11))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert handle.skipped_steps.item() == 3
+    assert handle.skipped_steps.device == GPU
+
+
+def test_max_skips_arrives():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(8, generator=generator).to(GPU))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    fastclip.clip_on_step(optimizer, 1.0, nonfinite="skip", max_skips=2)
+
+    def train():
+        for _ in range(5):
+            weight.grad = torch.full_like(weight, math.nan)
+            optimizer.step()
+            torch.cuda.synchronize()
+
+    with pytest.raises(RuntimeError, match=r"max_skips: at step \d+, \d+ steps in a row"):
+        train()
+
+
+@pytest.mark.parametrize("defer", ["auto", True, False])
+def test_a_graph_of_clip_and_step(defer):
+    """Captured once, replayed with other gradients: the weights of the same steps one by one."""
+
+    def run(captured: bool):
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.nn.Parameter(torch.randn(1000, generator=generator).to(GPU))
+        weight.grad = torch.zeros_like(weight)
+        optimizer = torch.optim.AdamW([weight], lr=0.01, fused=True, capturable=True)
+        fastclip.clip_on_step(optimizer, 1.0, nonfinite="skip", defer=defer)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            optimizer.step()  # state and memory are there
+        torch.cuda.current_stream().wait_stream(stream)
+        step = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for _ in range(10):
+            weight.grad.copy_(torch.randn(1000, generator=generator))
+            step()
+        return weight.detach().cpu()
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-6, atol=0)

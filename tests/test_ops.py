@@ -17,12 +17,13 @@ OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "tensor_norms": "fastclip::tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
-    "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef) -> ()",
+    "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
     "scale_each_": "fastclip::scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
+    "sanitize_": "fastclip::sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_": "fastclip::clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_": (
-        "fastclip::clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, *, ScalarType? dtype=None)"
-        " -> Tensor"
+        "fastclip::clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, "
+        "Tensor(b!)? found_inf=None, Tensor? inv_scale=None, *, ScalarType? dtype=None) -> Tensor"
     ),
 }
 
@@ -41,10 +42,15 @@ def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
         "tensor_norms": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {}), ((torch.tensor(0.0),), {"zero": True})],
         "scale_each_": [((torch.linspace(0.25, 1, count, dtype=torch.float64),), {})],
-        "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {})],
+        "sanitize_": [((), {})],
         "clamp_": [((-0.1, 0.1), {})],
-        "clip_grad_norm_": [((0.1, 2.0), {}), ((0.1, math.inf), {"dtype": torch.float64})],
+        "clip_grad_norm_": [
+            ((0.1, 2.0), {}),
+            ((0.1, math.inf), {"dtype": torch.float64}),
+            ((0.1, 2.0, 1, torch.tensor(0.0), torch.tensor(0.5)), {}),
+        ],
     }[name]
 
 
@@ -53,6 +59,8 @@ def test_schema(name):
     assert str(getattr(OPS, name).default._schema) == SCHEMAS[name]
 
 
+# torch >= 2.14: its own check reads the .grad of a tensor that is not a leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("kind", ["plain", "mixed dtypes", "strided", "requires grad"])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(cpu, name, kind):
@@ -135,7 +143,7 @@ def test_version_counters(backend, max_norm, foreach):
     assert all(v + 3 <= g._version <= v + 4 for g, v in zip(grads, versions, strict=True))
 
 
-@pytest.mark.parametrize("name", ["scale_", "scale_each_", "clamp_", "clip_grad_norm_"])
+@pytest.mark.parametrize("name", ["scale_", "scale_each_", "sanitize_", "clamp_", "clip_grad_norm_"])
 def test_direct_calls_bump_versions(cpu, name):
     for rest, options in arguments(name):
         tensors = [torch.randn(3), torch.randn(2, 2)]

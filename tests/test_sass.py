@@ -70,14 +70,14 @@ code version = [9,0]
 def test_dump_is_read():
     codes, ptx = check_sass.parse(DUMP)
     assert check_sass.demangle([code.kernel for code in codes]) == ["norm_kernel<__nv_bfloat16, true>", "finish_kernel"]
-    assert [code[1:] for code in codes] == [("sm_90", 38, 3072, 3, 1, 0, 0, 0), ("sm_90", 64, 0, 0, 0, 152, 8, 2)]
+    assert [code[1:] for code in codes] == [("sm_90", 38, 3072, 0, 1, 0, 0, 0), ("sm_90", 64, 0, 0, 0, 152, 8, 2)]
     assert ptx == {"sm_120"}
 
 
 def at_the_bounds():
-    """Every kernel on every architecture, with as many registers and as few wide loads and stores as is allowed."""
+    """Every kernel on every architecture, with as many registers and as few batches and wide stores as is allowed."""
     return [
-        check_sass.Code(kernel, arch, bounds.registers, 0, bounds.loads, bounds.stores, 0, 0, 0)
+        check_sass.Code(kernel, arch, bounds.registers, 0, bounds.batches, bounds.stores, 0, 0, 0)
         for kernel, bounds in check_sass.KERNELS.items()
         for arch in check_sass.ARCHS
     ]
@@ -100,8 +100,8 @@ def test_bounds_are_allowed():
         ("clamp_kernel<", {"spills": 1}, "1 spills"),
         (SQUARES, {"registers": 65}, "65 registers, 64 let 4 blocks of 256 threads be resident"),
         ("finish_kernel", {"registers": 65}, "65 registers, 64 let 1 blocks of 1024 threads be resident"),
-        (SQUARES, {"loads": 3}, "3 wide loads"),
-        ("scale_kernel<", {"loads": 3}, "3 wide loads"),
+        (SQUARES, {"batches": 3}, "3 batches of wide loads"),
+        ("scale_kernel<", {"batches": 3}, "3 batches of wide loads"),
         ("scale_kernel<", {"stores": 3}, "3 wide stores"),
         ("clamp_kernel<", {"stores": 3}, "3 wide stores"),
         (SQUARES, {"arch": "sm_90"}, "has no code of norm_kernel<(NormPass)0 for sm_100"),
@@ -121,3 +121,23 @@ def test_an_unknown_kernel_and_missing_ptx_fail():
         "other_kernel for sm_80: not in the table of check_sass.py"
     ]
     assert errors(codes, ptx=["sm_120"]) == ["has no PTX for sm_80, which later GPUs need"]
+
+
+def batches(*instructions: str) -> int:
+    lines = (f"        /*{16 * i:04x}*/  {line} ;\n" for i, line in enumerate(instructions))
+    return check_sass.count_batches("".join(lines))
+
+
+FOUR = [f"LDG.E.128 R{4 * i}, [R48.64+{i}]" for i in range(4)]
+
+
+def test_loads_are_in_flight_together():
+    """Four before the first use, whatever is between them; not where one is used, or the code branches, before."""
+    assert batches(*FOUR) == 1
+    assert batches(*FOUR, "HADD2 R0, R1", *FOUR) == 2
+    assert batches(*FOUR[:2], "IADD3 R20, R20, 0x400", *FOUR[2:]) == 1
+    assert batches(*FOUR, "LDG.E.128 R16, [R48.64]", "BRA 0x10") == 1
+    assert batches(*FOUR[:3], "HADD2 R60, R9", FOUR[3]) == 0
+    assert batches(*FOUR[:3], "@P0 BRA 0x10", FOUR[3]) == 0
+    assert batches(*FOUR[:3], "LDG.E.64 R12, [R48.64]") == 0
+    assert batches(*[FOUR[0]] * 4) == 0

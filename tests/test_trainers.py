@@ -168,3 +168,114 @@ def test_lightning_fabric(calls, kind):
         return loop(net, optimizer, fabric.backward, lambda: fabric.clip_gradients(net, optimizer, **bound))
 
     same_losses(train, calls)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_lightning_mixed_precision(fused, kind, manual, tmp_path):
+    """Clipping by our plugin, where Lightning's own refuses fused optimizers, against an optimizer that it takes."""
+    lightning = pytest.importorskip("lightning", reason="needs the extra [trainers]")
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from fastclip.integrations.lightning import ClippedMixedPrecision
+
+    class Module(lightning.LightningModule):
+        def __init__(self, fused):
+            super().__init__()
+            self.net, self.fused, self.automatic_optimization = model(), fused, not manual
+            self.losses = []
+
+        def training_step(self, batch, _):
+            loss = nn.functional.mse_loss(self.net(batch["inputs"]), batch["labels"])
+            self.losses.append(loss.item())
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, gradient_clip_val=MAX_NORM, gradient_clip_algorithm=kind)
+                optimizer.step()
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1, fused=self.fused)
+
+    def train(plugin, fused):
+        module = Module(fused)
+        clip = {} if manual else {"gradient_clip_val": MAX_NORM, "gradient_clip_algorithm": kind}
+        lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=STEPS,
+            **clip,
+            plugins=[plugin("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(tmp_path),
+        ).fit(module, torch.utils.data.DataLoader(data(), batch_size=4))
+        return torch.tensor(module.losses)
+
+    if fused:
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+            train(MixedPrecision, True)
+    if manual and not fused:
+        return  # Lightning then clips before it unscales, as its documentation says
+    got = train(ClippedMixedPrecision, fused)
+    assert len(got) == STEPS
+    if manual:
+        torch.testing.assert_close(got, train(ClippedMixedPrecision, True), rtol=0, atol=0)
+        return
+    torch.testing.assert_close(got, train(MixedPrecision, False), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accelerates_optimizer_is_clipped_on_step(fused):
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra [trainers]")
+
+    def train(hook):
+        net, losses = model(), []
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+        accelerator = accelerate.Accelerator(cpu=True)
+        net, optimizer = accelerator.prepare(net, optimizer)
+        if hook:
+            fastclip.clip_on_step(optimizer, MAX_NORM)
+        for inputs, labels in batches():
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(net(inputs), labels)
+            accelerator.backward(loss)
+            if not hook:
+                accelerator.clip_grad_norm_(net.parameters(), MAX_NORM)
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accelerates_optimizer_with_a_scaler(fused):
+    """What Accelerate's optimizer steps by its scaler may have been unscaled and clipped by us."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra [trainers]")
+    accelerate.Accelerator(cpu=True)
+
+    def train(ours):
+        net, losses = model(), []
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        inner = torch.optim.AdamW(net.parameters(), lr=0.1, fused=fused)
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+        for inputs, labels in batches():
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(net(inputs), labels)
+            scaler.scale(loss).backward()
+            if ours:
+                fastclip.amp.unscale_and_clip_grad_norm_(scaler, optimizer.optimizer, net.parameters(), MAX_NORM)
+            else:
+                scaler.unscale_(optimizer.optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-5, atol=0)

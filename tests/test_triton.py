@@ -1,10 +1,12 @@
-"""The Triton backend: its plan in plain Python, its kernels in the interpreter, its place among the backends."""
+"""The Triton backend: its table in plain Python, its kernels in the interpreter, its place among the backends."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import subproc
 from fastclip.backends import triton_
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CLIP_H = Path(__file__).parents[1] / "csrc" / "clip.h"
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in reference.FLOATS}
 
 
@@ -73,76 +76,82 @@ def test_each_tensor():
     assert interpret("each") == 8 * 18
 
 
-# The plan
+# The table
 
 
-def rows(plan):
-    """Each group's dtype and rows (chunks before, address, elements, slot), read back from the words."""
+def rows(table):
+    """Each launch's dtype and rows (chunks before, address, elements, slot), read back from the words."""
     out = {}
-    for group in plan.groups:
-        tensors, chunks = plan.words[group.offset : group.offset + 2]
-        assert chunks == group.chunks
-        words = plan.words[group.offset + 4 : group.offset + 4 + 4 * tensors]
-        out[group.dtype] = [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
+    for launch in table.launches:
+        tensors, chunks = table.words[launch.offset : launch.offset + 2]
+        assert chunks == launch.chunks
+        words = table.words[launch.offset + 4 : launch.offset + 4 + 4 * tensors]
+        out[launch.dtype] = [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
     return out
 
 
 @pytest.mark.parametrize("count", [1, 2_000, 10_000])
-def test_one_dtype_is_one_group(count):
+def test_one_dtype_is_one_launch(count):
     """So a call launches one kernel for each pass, whatever the number of tensors."""
-    plan = triton_.make_plan([(4096 * i, 1000, torch.float32) for i in range(count)], 65_536)
-    assert len(plan.groups) == 1
-    assert plan.groups[0].chunks == plan.slots == count
-    assert rows(plan)[torch.float32] == [(i, 4096 * i, 1000, i) for i in range(count)]
-    assert len(plan.words) == 8 + 4 * count
+    table = triton_.make_table([(4096 * i, 1000, torch.float32) for i in range(count)], triton_.CHUNK)
+    assert len(table.launches) == 1
+    assert table.launches[0].chunks == table.slots == count
+    assert rows(table)[torch.float32] == [(i, 4096 * i, 1000, i) for i in range(count)]
+    assert len(table.words) == 8 + 4 * count
+
+
+@pytest.mark.skipif(not CLIP_H.exists(), reason="csrc/ is not beside tests/")
+def test_chunks_are_those_of_the_compiled_kernels():
+    """Partials of all engines are of the same elements."""
+    assert re.findall(r"kChunkSize = (\d+);", CLIP_H.read_text()) == [str(triton_.CHUNK)]
 
 
 def test_chunk_boundaries():
     sizes = (1, 127, 128, 129, 255, 256, 257)
-    plan = triton_.make_plan([(1024 * i, n, torch.bfloat16) for i, n in enumerate(sizes)], 128)
+    table = triton_.make_table([(1024 * i, n, torch.bfloat16) for i, n in enumerate(sizes)], 128)
     before = 0
-    for (first, _, numel, slot), n in zip(rows(plan)[torch.bfloat16], sizes, strict=True):
+    for (first, _, numel, slot), n in zip(rows(table)[torch.bfloat16], sizes, strict=True):
         assert (first, numel, slot) == (before, n, before)
         before += math.ceil(n / 128)
-    assert plan.slots == plan.groups[0].chunks == before
+    assert table.slots == table.launches[0].chunks == before
 
 
 def test_slots_follow_the_list_across_dtypes():
-    """The order of combination is that of the list, as on the CPU, not that of the groups."""
+    """The order of combination is that of the list, as on the CPU, not that of the launches."""
     f32, bf16 = torch.float32, torch.bfloat16
-    plan = triton_.make_plan([(0, 300, f32), (4096, 5, bf16), (8192, 10, f32), (12288, 200, bf16)], 128)
-    assert rows(plan) == {f32: [(0, 0, 300, 0), (3, 8192, 10, 4)], bf16: [(0, 4096, 5, 3), (1, 12288, 200, 5)]}
-    assert plan.slots == 7
+    table = triton_.make_table([(0, 300, f32), (4096, 5, bf16), (8192, 10, f32), (12288, 200, bf16)], 128)
+    assert rows(table) == {f32: [(0, 0, 300, 0), (3, 8192, 10, 4)], bf16: [(0, 4096, 5, 3), (1, 12288, 200, 5)]}
+    assert table.slots == 7
 
 
 def test_order_zero_has_a_slot_for_each_tensor():
-    plan = triton_.make_plan([(0, 300, torch.float32), (4096, 300, torch.float32)], 128, norm_type=0.0)
-    assert rows(plan)[torch.float32] == [(0, 0, 300, 0), (3, 4096, 300, 1)]
-    assert plan.slots == 2
+    table = triton_.make_table([(0, 300, torch.float32), (4096, 300, torch.float32)], 128, norm_type=0.0)
+    assert rows(table)[torch.float32] == [(0, 0, 300, 0), (3, 4096, 300, 1)]
+    assert table.slots == 2
 
 
 def test_more_than_2_31_elements():
     """On paper: every number of the table is 64 bits wide, and no chunk is larger than 32 bits can count."""
     many, address = 5 * 2**31 + 3, 2**46
-    plan = triton_.make_plan([(address, many, torch.bfloat16), (2 * address, 1, torch.bfloat16)], triton_.CHUNK)
+    table = triton_.make_table([(address, many, torch.bfloat16), (2 * address, 1, torch.bfloat16)], triton_.CHUNK)
     chunks = math.ceil(many / triton_.CHUNK)
-    assert rows(plan)[torch.bfloat16] == [(0, address, many, 0), (chunks, 2 * address, 1, chunks)]
+    assert rows(table)[torch.bfloat16] == [(0, address, many, 0), (chunks, 2 * address, 1, chunks)]
     assert triton_.CHUNK < 2**31
 
 
 def test_numbers_cross_as_their_bits():
-    plan = triton_.make_plan([(0, 1, torch.float16)], 8, norm_type=3.0, max_norm=1e300)
-    assert struct.pack("=3q", *plan.words[1:4]) == struct.pack("=3d", 3.0, 1 / 3.0, 1e300)
-    bounded = triton_.make_plan([(0, 1, torch.float16)], 8, bounds=lambda dtype: (-math.inf, 0.5))
-    offset = bounded.groups[0].offset
+    table = triton_.make_table([(0, 1, torch.float16)], 8, norm_type=3.0, max_norm=1e300)
+    assert struct.pack("=3q", *table.words[1:4]) == struct.pack("=3d", 3.0, 1 / 3.0, 1e300)
+    bounded = triton_.make_table([(0, 1, torch.float16)], 8, bounds=lambda dtype: (-math.inf, 0.5))
+    offset = bounded.launches[0].offset
     assert struct.pack("=2q", *bounded.words[offset + 2 : offset + 4]) == struct.pack("=2d", -math.inf, 0.5)
 
 
 def test_every_part_of_a_table_is_aligned():
     """Pointers into it differ in nothing that a kernel is specialised by."""
-    plan = triton_.make_plan([(64 * i, 3 + i, dtype) for i, dtype in enumerate(3 * reference.FLOATS)], 8)
-    assert len(plan.groups) == 4
-    assert all(group.offset * 8 % 16 == 0 for group in plan.groups)
+    table = triton_.make_table([(64 * i, 3 + i, dtype) for i, dtype in enumerate(3 * reference.FLOATS)], 8)
+    assert len(table.launches) == 4
+    assert all(launch.offset * 8 % 16 == 0 for launch in table.launches)
 
 
 def test_overlap():

@@ -44,6 +44,7 @@ class Variant(NamedTuple):
     stores: int = 0
     kind: int | None = None
     norms: bool = False
+    zero: bool = False
 
 
 VARIANTS = [
@@ -56,7 +57,9 @@ VARIANTS = [
     Variant("norm_finalize_kernel", "float32", 0, kind=POW),
     Variant("norm_finalize_kernel", "float32", 0, kind=POW, norms=True),
     *(Variant("scale_kernel", dtype, 5, 5) for dtype in DTYPES),
+    Variant("scale_kernel", "float32", 5, 5, zero=True),
     *(Variant("clamp_kernel", dtype, 5, 5) for dtype in DTYPES),
+    *(Variant("sanitize_kernel", dtype, 0) for dtype in DTYPES),
 ]
 
 
@@ -83,6 +86,7 @@ def compile_variant(variant: Variant, target: GPUTarget):
         "IN_UNIT": variant.norms,
         "ROOT": True,
         "CLIP": True,
+        "ZERO": variant.zero,
         "BLOCK": lanes * 16 // DTYPES[variant.dtype],
     }
     if variant.kernel == "norm_finalize_kernel":

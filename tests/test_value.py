@@ -9,7 +9,7 @@ import torch
 
 import fastclip
 import reference
-from cases import CASES, CHUNK, grid, parameters, place
+from cases import CASES, CHUNK, grid, in_turn, parameters, place
 from test_norms import forced
 
 CLIP_VALUES = (0.5, 5e-8, 0.3, 0.0, -0.5, math.inf, math.nan)
@@ -18,8 +18,8 @@ CLIP_VALUES = (0.5, 5e-8, 0.3, 0.0, -0.5, math.inf, math.nan)
 @pytest.mark.parametrize(("case", "dtype"), grid(readonly=False, complexes=False))
 def test_value(backend, case, dtype, fence):
     """torch's bits for every `foreach`, which are those of a clamp that keeps NaN."""
-    for turn, clip_value in enumerate(CLIP_VALUES):
-        foreach = (None, True, False)[turn % 3]
+    for clip_value in in_turn(CLIP_VALUES, case, dtype, 2):
+        foreach = (None, True, False)[CLIP_VALUES.index(clip_value) % 3]
         ours, torchs = case.make(dtype), case.make(dtype)
         beside, expected = fence(ours), reference.clip_by_value(ours, clip_value)
         assert fastclip.clip_grad_value_(parameters(ours), clip_value, foreach) is None

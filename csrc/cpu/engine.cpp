@@ -52,21 +52,30 @@ constexpr Engine kEngine = {
       store(norm, total_norm(tensors.views, norm_type));
     },
     [](const Tensors& tensors, double norm_type, double* out) { norms(tensors.views, norm_type, out); },
-    [](const Tensors& tensors, Number coef) {
+    [](const Tensors& tensors, Number coef, bool zero) {
       const DefaultFloatMode mode;
-      scale(tensors.views, load(coef));
+      scale(tensors.views, load(coef), zero);
     },
     [](const Tensors& tensors, const double* coefs) { scale_each(tensors.views, coefs); },
+    [](const Tensors& tensors) { sanitize(tensors.views); },
     [](const Tensors& tensors, double max_norm, Number norm) {
       const DefaultFloatMode mode;
-      scale(tensors.views, clip_coef(load(norm), max_norm));
+      scale(tensors.views, clip_coef(load(norm), max_norm), false);
     },
     [](const Tensors& tensors, double low, double high) { clamp(tensors.views, low, high); },
     [](const Tensors& tensors, const Clip& clip, Number norm) {
       const DefaultFloatMode mode;
-      const double wide = total_norm(tensors.views, clip.norm_type);
-      scale(tensors.views, clip_coef(wide, clip.max_norm));
+      const double inv_scale = clip.inv_scale.data == nullptr ? 1.0 : load(clip.inv_scale);
+      double wide = total_norm(tensors.views, clip.norm_type);
+      // A norm of an order above 0 that is finite has seen no other element.
+      if (clip.nonfinite == Nonfinite::kSanitize && !(clip.norm_type > 0 && is_finite(wide))) {
+        sanitize(tensors.views);
+        wide = total_norm(tensors.views, clip.norm_type);
+      }
+      wide = scaled_norm(wide, clip.norm_type, inv_scale);
+      scale(tensors.views, clip_factor(wide, inv_scale, clip), clip.nonfinite == Nonfinite::kZero);
       store(norm, wide);
+      if (clip.found_inf.data != nullptr) store(clip.found_inf, is_finite(wide) ? 0.0 : 1.0);
     },
 };
 

@@ -38,6 +38,8 @@ extern const Loops kLoopsAvx512;
 double norm_pow(Dtype dtype, const void* x, int64_t n, double norm_type, double unit);
 // x *= coef in float64, then rounded as torch rounds float64: to 16 bits by way of float32.
 void scale_wide(Dtype dtype, void* x, int64_t n, double coef);
+// x = 0 where x is not finite; returns whether any was.
+bool sanitize(Dtype dtype, void* x, int64_t n);
 
 // The table of the best ISA that this machine has, or of FASTCLIP_CPU_ISA; chosen once.
 // Throws std::runtime_error when that names an ISA which is unknown or missing here.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "loops_impl.h"
@@ -33,15 +34,35 @@ void round_to(double x, T* out) {
 
 double norm_pow(Dtype dtype, const void* data, int64_t n, double norm_type, double unit) {
   return with_elements(dtype, const_cast<void*>(data), [=](const auto* x) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += std::pow(std::fabs(to_double(x[i])) / unit, norm_type);
-    return sum;
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] += std::pow(std::fabs(to_double(x[i])) / unit, norm_type);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
   });
 }
 
 void scale_wide(Dtype dtype, void* data, int64_t n, double coef) {
   with_elements(dtype, data, [=](auto* x) {
     for (int64_t i = 0; i < n; ++i) round_to(to_double(x[i]) * coef, x + i);
+  });
+}
+
+bool sanitize(Dtype dtype, void* data, int64_t n) {
+  return with_elements(dtype, data, [=](auto* x) {
+    using T = std::remove_pointer_t<decltype(x)>;
+    constexpr int64_t kBlock = 1024;
+    T infinity;
+    round_to(std::numeric_limits<double>::infinity(), &infinity);
+    bool changed = false;
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t end = std::min(n, begin + kBlock);
+      if (largest_magnitude(x + begin, end - begin) < magnitude(infinity)) continue;
+      for (int64_t i = begin; i < end; ++i)
+        if (magnitude(x[i]) >= magnitude(infinity)) std::memset(x + i, 0, sizeof(T));
+      changed = true;
+    }
+    return changed;
   });
 }
 

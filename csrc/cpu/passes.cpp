@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -15,8 +16,6 @@
 namespace fastclip::cpu {
 namespace {
 
-// One partial per chunk: short enough to balance threads, long enough (128 KiB and more) to hide its fixed cost.
-constexpr int64_t kChunkSize = 65536;
 // Elements gathered at a time from a tensor that is not one run of memory: 16 KiB of float64, half of an L1 cache.
 constexpr int64_t kBlockSize = 2048;
 // What a chunk costs beside its elements, in bytes of memory traffic; and the least work worth a thread.
@@ -40,7 +39,7 @@ struct ChunkTable {
     chunks.reserve(size);
     for (const TensorView* tensor : tensors) {
       for (int64_t begin = 0; begin < tensor->numel; begin += kChunkSize) {
-        const int64_t count = std::min(kChunkSize, tensor->numel - begin);
+        const int64_t count = std::min<int64_t>(kChunkSize, tensor->numel - begin);
         chunks.push_back({tensor, begin, count, cost});
         cost += kChunkCost + count * element_size(tensor->dtype);
       }
@@ -56,17 +55,17 @@ void prefetch(const Chunk& chunk) {
   for (int64_t byte = 0; byte < std::min(kBytes, chunk.count * size); byte += kLine) __builtin_prefetch(data + byte);
 }
 
-enum class Order { kForward, kBackward };
+enum class Walk { kForward, kBackward };
 
 // Calls body(index of chunk) for every chunk, on torch's threads, each of which gets neighbours of about equal cost;
 // returns what torch_parallel_for returns.
 template <class Body>
-AOTITorchError for_each_chunk(const ChunkTable& table, Order order, const Body& body) {
+AOTITorchError for_each_chunk(const ChunkTable& table, Walk walk, const Body& body) {
   struct Context {
     const ChunkTable& table;
-    Order order;
+    Walk walk;
     const Body& body;
-  } context{table, order, body};
+  } context{table, walk, body};
   const auto run = [](int64_t cost_begin, int64_t cost_end, void* opaque) {
     const DefaultFloatMode mode;
     const Context& c = *static_cast<const Context*>(opaque);
@@ -77,7 +76,7 @@ AOTITorchError for_each_chunk(const ChunkTable& table, Order order, const Body& 
     };
     const auto first = index_at(cost_begin), last = index_at(cost_end);
     const auto& chunks = c.table.chunks;
-    if (c.order == Order::kForward) {
+    if (c.walk == Walk::kForward) {
       for (auto i = first; i < last; ++i) {
         if (i + 1 < last) prefetch(chunks[i + 1]);
         c.body(i);
@@ -141,11 +140,11 @@ void for_each_run(const Chunk& chunk, const Body& body) {
 
 // Calls body(pointer, count, tensor) on the runs of all tensors. All memory is there before the first write.
 template <class Body>
-void write(const TensorViews& tensors, Order order, const Body& body) {
+void write(const TensorViews& tensors, Walk walk, const Body& body) {
   const std::vector<TensorViews> rounds = write_rounds(tensors);
   const std::vector<ChunkTable> tables(rounds.begin(), rounds.end());
   for (const ChunkTable& table : tables) {
-    const AOTITorchError error = for_each_chunk(table, order, [&](int64_t i) {
+    const AOTITorchError error = for_each_chunk(table, walk, [&](int64_t i) {
       const TensorView& tensor = *table.chunks[i].tensor;
       for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, tensor); });
     });
@@ -184,7 +183,7 @@ Partial combine_exactly(NormKind kind, Partial a, Partial b) {
 std::vector<Partial> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
   std::vector<Partial> partials(table.chunks.size());
   const Loops& isa = loops();
-  const AOTITorchError error = for_each_chunk(table, Order::kForward, [&](int64_t i) {
+  const AOTITorchError error = for_each_chunk(table, Walk::kForward, [&](int64_t i) {
     const Dtype dtype = table.chunks[i].tensor->dtype;
     const auto reduce = [&](NormKind kind, double unit) {
       const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
@@ -293,7 +292,7 @@ void scale_by(const std::vector<TensorView>& tensors, const CoefOf& coef_of) {
   changed.erase(std::remove_if(changed.begin(), changed.end(), stays), changed.end());
   const Loops& isa = loops();
   // Backwards, because what the norm read last is still in cache.
-  write(changed, Order::kBackward, [&](char* data, int64_t count, const TensorView& tensor) {
+  write(changed, Walk::kBackward, [&](char* data, int64_t count, const TensorView& tensor) {
     const double coef = coef_of(tensor);
     if (is_below_float32(coef))
       scale_wide(tensor.dtype, data, count, coef);
@@ -305,24 +304,33 @@ void scale_by(const std::vector<TensorView>& tensors, const CoefOf& coef_of) {
 
 }  // namespace
 
-void scale(const std::vector<TensorView>& tensors, double coef) {
-  scale_by(tensors, [coef](const TensorView&) { return coef; });
+void scale(const std::vector<TensorView>& tensors, double coef, bool zero) {
+  if (!zero || coef != 0) return scale_by(tensors, [coef](const TensorView&) { return coef; });
+  write(nonempty(tensors), Walk::kBackward, [](char* data, int64_t count, const TensorView& tensor) {
+    std::memset(data, 0, static_cast<size_t>(count * element_size(tensor.dtype)));
+    return true;
+  });
 }
 
 void scale_each(const std::vector<TensorView>& tensors, const double* coefs) {
   scale_by(tensors, [&tensors, coefs](const TensorView& tensor) { return coefs[&tensor - tensors.data()]; });
 }
 
+void sanitize(const std::vector<TensorView>& tensors) {
+  write(nonempty(tensors), Walk::kForward,
+        [](char* data, int64_t count, const TensorView& tensor) { return sanitize(tensor.dtype, data, count); });
+}
+
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
   const DefaultFloatMode mode;
-  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN());
+  if (lo != lo || hi != hi) return scale(tensors, std::numeric_limits<double>::quiet_NaN(), false);
   double los[kNumDtypes], his[kNumDtypes];
   for (int d = 0; d < kNumDtypes; ++d) {
     los[d] = round_to(static_cast<Dtype>(d), lo);
     his[d] = round_to(static_cast<Dtype>(d), hi);
   }
   const Loops& isa = loops();
-  write(nonempty(tensors), Order::kForward, [&](char* data, int64_t count, const TensorView& tensor) {
+  write(nonempty(tensors), Walk::kForward, [&](char* data, int64_t count, const TensorView& tensor) {
     const int d = static_cast<int>(tensor.dtype);
     return isa.clamp[d](data, count, los[d], his[d]);
   });

@@ -11,8 +11,6 @@
 
 namespace fastclip::cuda {
 
-// Elements for each partial, as on the CPU.
-constexpr int kChunkSize = 65536;
 // What a kernel's arguments may take on compute capability 7.0 and later.
 constexpr size_t kMostArgumentBytes = 32764;
 
@@ -23,6 +21,7 @@ struct Entry {
   uint32_t last : 16;   // elements of its last chunk, less one
   uint32_t dtype : 16;  // Dtype
 };
+static_assert(kChunkSize <= 1 << 16, "what Entry::last counts");
 static_assert(sizeof(Entry) == 16, "16 bytes are what the capacities below count on");
 
 template <int kSize>

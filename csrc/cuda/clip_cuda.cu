@@ -52,15 +52,15 @@ struct Layout {
   }
 };
 
-enum class Order { kForward, kBackward };
+enum class Walk { kForward, kBackward };
 
 // Calls launch(arguments), whose table is filled, for each kernel that the dense tensors take.
 template <class OwnArguments, class Launch>
-void for_each_table(const TensorViews& dense, Order order, const Launch& launch) {
+void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
   constexpr size_t kCapacity = LongTable::kCapacity;
   const size_t tables = (dense.size() + kCapacity - 1) / kCapacity;
   for (size_t t = 0; t < tables; ++t) {
-    const size_t first = (order == Order::kForward ? t : tables - 1 - t) * kCapacity;
+    const size_t first = (walk == Walk::kForward ? t : tables - 1 - t) * kCapacity;
     if (dense.size() - first <= ShortTable::kCapacity) {
       Arguments<OwnArguments, ShortTable> arguments;
       arguments.table.fill(dense, first);
@@ -113,7 +113,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
     check(cudaMemsetAsync(partials, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "cudaMemsetAsync");
   }
   double* next = partials;
-  for_each_table<NormArguments>(layout.dense, Order::kForward, [&](auto& arguments) {
+  for_each_table<NormArguments>(layout.dense, Walk::kForward, [&](auto& arguments) {
     arguments.own = {next, norm_type};
     launch_norm(kind, are_norms, arguments, queue);
     next += kind == NormKind::kCount ? arguments.table.tensors : arguments.table.chunks;
@@ -127,12 +127,15 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
   return next - partials;
 }
 
+// What is asked where nothing is clipped.
+Clip of_order(double norm_type) { return {0, norm_type, Nonfinite::kPropagate, {}, {}}; }
+
 // The norm of all tensors, and the coefficient where there is a place for it.
-void launch_total_norm(const TensorViews& tensors, double norm_type, double max_norm, double* partials, void* norm,
-                       Dtype dtype, double* clip_coef, Queue queue) {
-  const bool are_norms = powers_may_leave_float64(tensors, norm_type);
-  const int64_t slots = launch_norms(Layout(tensors), norm_type, are_norms, partials, queue);
-  const FinishArguments arguments{partials, slots, norm_type, max_norm, norm, clip_coef, norm_kind(norm_type), dtype};
+void launch_total_norm(const TensorViews& tensors, const Clip& clip, double* partials, Number norm, double* clip_coef,
+                       Queue queue) {
+  const bool are_norms = powers_may_leave_float64(tensors, clip.norm_type);
+  const int64_t slots = launch_norms(Layout(tensors), clip.norm_type, are_norms, partials, queue);
+  const FinishArguments arguments{partials, slots, clip, norm, clip_coef, norm_kind(clip.norm_type)};
   const auto kernel = are_norms ? finish_kernel<Finish::kCombineNorms> : finish_kernel<Finish::kRoot>;
   launch("finish_kernel", kernel, 1, kFinishThreads, queue, arguments);
 }
@@ -144,13 +147,13 @@ class Writes {
     for (const TensorViews& round : write_rounds(tensors)) rounds_.emplace_back(round);
   }
 
-  void scale(const double* clip_coef, Queue queue) {
+  void scale(ScaleArguments scale, Queue queue) {
     for (const Layout& round : rounds_) {
-      write_strided(round.strided, clip_coef, {}, queue);
+      write_strided(round.strided, Write::kScale, scale, {}, queue);
       // Backwards: what the norm read last is still in L2.
-      for_each_table<const double*>(round.dense, Order::kBackward, [&](auto& arguments) {
+      for_each_table<ScaleArguments>(round.dense, Walk::kBackward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
-        arguments.own = clip_coef;
+        arguments.own = scale;
         launch_write("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
       });
     }
@@ -160,11 +163,11 @@ class Writes {
   void scale_each(const TensorView* first, const double* coefs, Queue queue) {
     for (const Layout& round : rounds_) {
       for_each_neighbours(round.strided, first, [&](const TensorViews& tensor, int64_t index) {
-        write_strided(tensor, coefs + index, {}, queue);
+        write_strided(tensor, Write::kScale, {coefs + index, false}, {}, queue);
       });
       for_each_neighbours(round.dense, first, [&](const TensorViews& tensors, int64_t index) {
         const double* next = coefs + index;
-        for_each_table<const double*>(tensors, Order::kForward, [&](auto& arguments) {
+        for_each_table<const double*>(tensors, Walk::kForward, [&](auto& arguments) {
           using AnyTable = decltype(arguments.table);
           arguments.own = next;
           launch_write("scale_each_kernel", scale_each_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
@@ -176,8 +179,8 @@ class Writes {
 
   void clamp(Bounds bounds, Queue queue) {
     for (const Layout& round : rounds_) {
-      write_strided(round.strided, nullptr, bounds, queue);
-      for_each_table<Bounds>(round.dense, Order::kForward, [&](auto& arguments) {
+      write_strided(round.strided, Write::kClamp, {}, bounds, queue);
+      for_each_table<Bounds>(round.dense, Walk::kForward, [&](auto& arguments) {
         using AnyTable = decltype(arguments.table);
         arguments.own = bounds;
         launch_write("clamp_kernel", clamp_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
@@ -185,10 +188,20 @@ class Writes {
     }
   }
 
+  void sanitize(Queue queue) {
+    for (const Layout& round : rounds_) {
+      write_strided(round.strided, Write::kSanitize, {}, {}, queue);
+      for_each_table<SanitizeArguments>(round.dense, Walk::kForward, [&](auto& arguments) {
+        using AnyTable = decltype(arguments.table);
+        launch_write("sanitize_kernel", sanitize_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+      });
+    }
+  }
+
  private:
-  void write_strided(const TensorViews& strided, const double* clip_coef, Bounds bounds, Queue queue) {
+  void write_strided(const TensorViews& strided, Write write, ScaleArguments scale, Bounds bounds, Queue queue) {
     for (const TensorView* tensor : strided) {
-      const StridedWriteArguments arguments{clip_coef, bounds, StridedTable(*tensor)};
+      const StridedWriteArguments arguments{write, scale, bounds, StridedTable(*tensor)};
       const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
       launch_write("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
     }
@@ -222,14 +235,13 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
                   Queue queue) {
   double* const partials = scratch + 1;
   const int64_t slots = launch_norms(Layout(nonempty(tensors)), norm_type, false, partials, queue);
-  const FinishArguments arguments{partials,       slots, norm_type, 0, result, nullptr, norm_kind(norm_type),
-                                  Dtype::kFloat64};
+  const FinishArguments arguments{partials, slots, of_order(norm_type), {result}, nullptr, norm_kind(norm_type)};
   launch("finish_kernel", finish_kernel<Finish::kPartial>, 1, kFinishThreads, queue, arguments);
 }
 
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue) {
-  launch_total_norm(nonempty(tensors), norm_type, 0, scratch + 1, norm, dtype, nullptr, queue);
+  launch_total_norm(nonempty(tensors), of_order(norm_type), scratch + 1, {norm, dtype}, nullptr, queue);
 }
 
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue) {
@@ -264,22 +276,24 @@ void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Que
   Writes(nonempty(tensors)).scale_each(tensors.data(), coefs, queue);
 }
 
-void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue) {
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue) {
   Writes writes(nonempty(tensors));
   const double* clip_coef = static_cast<const double*>(coef.data);
   if (coef.dtype != Dtype::kFloat64) {
     clip_coef = scratch;
     launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
   }
-  writes.scale(clip_coef, queue);
+  writes.scale({clip_coef, zero}, queue);
 }
+
+void sanitize(const std::vector<TensorView>& tensors, Queue queue) { Writes(nonempty(tensors)).sanitize(queue); }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {
   Writes writes(nonempty(tensors));
   if (lo == lo && hi == hi) return writes.clamp({lo, hi}, queue);
   launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
          static_cast<double>(NAN));
-  writes.scale(scratch, queue);
+  writes.scale({scratch, false}, queue);
 }
 
 void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch,
@@ -287,15 +301,16 @@ void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Num
   Writes writes(nonempty(tensors));
   launch("norm_coef_kernel", norm_coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(norm.data), norm.dtype,
          max_norm);
-  writes.scale(scratch, queue);
+  writes.scale({scratch, false}, queue);
 }
 
-void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
-                    void* norm, Dtype dtype, Queue queue) {
+void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
+                    Queue queue) {
   const TensorViews views = nonempty(tensors);
   Writes writes(views);
-  launch_total_norm(views, norm_type, max_norm, scratch + 1, norm, dtype, scratch, queue);
-  writes.scale(scratch, queue);
+  if (clip.nonfinite == Nonfinite::kSanitize) writes.sanitize(queue);
+  launch_total_norm(views, clip, scratch + 1, norm, scratch, queue);
+  writes.scale({scratch, clip.nonfinite == Nonfinite::kZero}, queue);
 }
 
 const char* unsupported() {

@@ -54,13 +54,17 @@ constexpr Engine kEngine = {
       const Call call(tensors.device, scratch_size(tensors.views));
       norms(tensors.views, norm_type, call.scratch, out, call.queue);
     },
-    [](const Tensors& tensors, Number coef) {
+    [](const Tensors& tensors, Number coef, bool zero) {
       const Call call(tensors.device, 1);
-      scale(tensors.views, coef, call.scratch, call.queue);
+      scale(tensors.views, coef, zero, call.scratch, call.queue);
     },
     [](const Tensors& tensors, const double* coefs) {
       const Call call(tensors.device, 1);
       scale_each(tensors.views, coefs, call.queue);
+    },
+    [](const Tensors& tensors) {
+      const Call call(tensors.device, 1);
+      sanitize(tensors.views, call.queue);
     },
     [](const Tensors& tensors, double max_norm, Number norm) {
       const Call call(tensors.device, 1);
@@ -72,7 +76,7 @@ constexpr Engine kEngine = {
     },
     [](const Tensors& tensors, const Clip& clip, Number norm) {
       const Call call(tensors.device, scratch_size(tensors.views));
-      clip_grad_norm(tensors.views, clip.max_norm, clip.norm_type, call.scratch, norm.data, norm.dtype, call.queue);
+      clip_grad_norm(tensors.views, clip, call.scratch, norm, call.queue);
     },
 };
 

@@ -240,11 +240,10 @@ __global__ void __launch_bounds__(kThreads)
 struct FinishArguments {
   const double* partials;
   int64_t slots;
-  double p, max_norm;
-  void* norm;         // of `dtype`
+  Clip clip;
+  Number norm;
   double* clip_coef;  // null: not asked for
   NormKind kind;
-  Dtype dtype;
 };
 
 // What becomes of the partials: their combination, the norm by its root, or the norm of kPow where they are norms.
@@ -306,14 +305,21 @@ template <Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const __grid_constant__ FinishArguments arguments) {
   double x;
   if constexpr (kFinish == Finish::kCombineNorms)
-    x = combined_norms(arguments.p, arguments.partials, arguments.slots);
+    x = combined_norms(arguments.clip.norm_type, arguments.partials, arguments.slots);
   else
     x = combined(arguments.kind, arguments.partials, arguments.slots);
   if (threadIdx.x != 0) return;
-  if (kFinish == Finish::kRoot) x = root(arguments.kind, x, arguments.p);
+  if (kFinish == Finish::kRoot) x = root(arguments.kind, x, arguments.clip.norm_type);
   if (kFinish != Finish::kPartial && arguments.slots == 0) x = 0;  // of nothing the norm is 0
-  if (arguments.clip_coef != nullptr) *arguments.clip_coef = clip_coef(x, arguments.max_norm);
-  store_scalar(arguments.norm, arguments.dtype, x);
+  if (arguments.clip_coef != nullptr) {
+    const Clip& clip = arguments.clip;
+    const Number number = clip.inv_scale;
+    const double inv_scale = number.data == nullptr ? 1.0 : load_scalar(number.data, number.dtype);
+    x = scaled_norm(x, clip.norm_type, inv_scale);
+    *arguments.clip_coef = clip_factor(x, inv_scale, clip);
+    if (clip.found_inf.data != nullptr) *static_cast<float*>(clip.found_inf.data) = is_finite(x) ? 0.0f : 1.0f;
+  }
+  store_scalar(arguments.norm.data, arguments.norm.dtype, x);
 }
 
 }  // namespace fastclip::cuda

@@ -30,11 +30,15 @@ void total_norm(const std::vector<TensorView>& tensors, double norm_type, double
 // norms[i] = the total norm of tensor i alone.
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue);
 
-// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1.
-void scale(const std::vector<TensorView>& tensors, Number coef, double* scratch, Queue queue);
+// x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
+// zeros also of inf and NaN.
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue);
 
 // The same with coefs[i] for tensor i.
 void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue);
+
+// x = 0 where x is not finite; writes only vectors that change.
+void sanitize(const std::vector<TensorView>& tensors, Queue queue);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
 // The bounds have passed check_bound.
@@ -43,9 +47,9 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double*
 // x *= clip_coef(*norm, max_norm), with the writes of scale.
 void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch, Queue queue);
 
-// *norm = total_norm, then x *= clip_coef.
-void clip_grad_norm(const std::vector<TensorView>& tensors, double max_norm, double norm_type, double* scratch,
-                    void* norm, Dtype dtype, Queue queue);
+// *norm = the norm of all that is asked for, then x *= clip_factor.
+void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
+                    Queue queue);
 
 // Why the current device cannot run the kernels; null where it can.
 const char* unsupported();

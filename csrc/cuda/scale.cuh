@@ -32,6 +32,25 @@ struct ScaleWide {
   }
 };
 
+// What is left of all elements where `zero` was asked for and the coefficient is 0.
+template <class E>
+struct Zero {
+  __device__ bool operator()(typename E::Storage& x) const {
+    x = 0;
+    return true;
+  }
+};
+
+// What sanitizing does to an element: inf and NaN become 0.
+template <class E>
+struct Sanitize {
+  __device__ bool operator()(typename E::Storage& x) const {
+    if (is_finite(E::widen(x))) return false;
+    x = 0;
+    return true;
+  }
+};
+
 // What clamping does to an element: a NaN stays, and only what is out of bounds changes. A bound is rounded to the
 // dtype of the tensor as torch does, when it is stored.
 struct Bounds {
@@ -76,14 +95,22 @@ __device__ void write_elements(const Run<E>& run, const Change& change) {
   for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
 }
 
-// x *= *place for a chunk.
-__device__ inline void scale_chunk(const Chunk& chunk, const double* place) {
+struct ScaleArguments {
+  const double* clip_coef;
+  bool zero;  // whether a coefficient of 0 makes zeros also of inf and NaN
+};
+
+// x *= *clip_coef for a chunk.
+__device__ inline void scale_chunk(const Chunk& chunk, const ScaleArguments& arguments) {
+  const double* const clip_coef = arguments.clip_coef;
   with_element(chunk.dtype, [&](auto element) {
     using E = decltype(element);
     const Run<E> run(chunk.data, chunk.count);
-    const Scale<E> scale(place);
-    if (is_below_float32(*place))
-      write_elements(run, ScaleWide<E>{*place});
+    const Scale<E> scale(clip_coef);
+    if (is_below_float32(*clip_coef))
+      write_elements(run, ScaleWide<E>{*clip_coef});
+    else if (arguments.zero && *clip_coef == 0)
+      write_elements(run, Zero<E>());
     else if (scale.is_needed())
       write_run(run, scale);
   });
@@ -91,8 +118,9 @@ __device__ inline void scale_chunk(const Chunk& chunk, const double* place) {
 
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
-    scale_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
-  if (*arguments.own == 1) return;
+    scale_kernel(const __grid_constant__ Arguments<ScaleArguments, AnyTable> arguments) {
+  const double* const clip_coef = arguments.own.clip_coef;
+  if (*clip_coef == 1) return;
   // Backwards: what the norm read last is still in L2.
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     scale_chunk(find_chunk(arguments.table, static_cast<uint32_t>(i)), arguments.own);
@@ -105,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     scale_each_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
-    const double* coef = arguments.own + chunk.tensor;
-    if (*coef != 1) scale_chunk(chunk, coef);
+    const double* const coef = arguments.own + chunk.tensor;
+    if (*coef != 1) scale_chunk(chunk, {coef, false});
   }
 }
 
@@ -122,9 +150,25 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// The same for one tensor with holes; clip_coef is null where it is clamped.
+struct SanitizeArguments {};
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    sanitize_kernel(const __grid_constant__ Arguments<SanitizeArguments, AnyTable> arguments) {
+  for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
+    const Chunk chunk = find_chunk(arguments.table, i);
+    with_element(chunk.dtype, [&](auto element) {
+      using E = decltype(element);
+      write_run(Run<E>(chunk.data, chunk.count), Sanitize<E>());
+    });
+  }
+}
+
+// The same for one tensor with holes.
+enum class Write : uint8_t { kScale, kClamp, kSanitize };
 struct StridedWriteArguments {
-  const double* clip_coef;
+  Write write;
+  ScaleArguments scale;
   Bounds bounds;
   StridedTable table;
 };
@@ -142,11 +186,16 @@ __global__ void __launch_bounds__(kThreads)
     strided_write_kernel(const __grid_constant__ StridedWriteArguments arguments) {
   with_element(static_cast<Dtype>(arguments.table.dtype), [&](auto element) {
     using E = decltype(element);
-    if (arguments.clip_coef == nullptr)
+    const double* const clip_coef = arguments.scale.clip_coef;
+    if (arguments.write == Write::kClamp)
       write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
-    else if (is_below_float32(*arguments.clip_coef))
-      write_strided<E>(arguments.table, ScaleWide<E>{*arguments.clip_coef});
-    else if (const Scale<E> scale(arguments.clip_coef); scale.is_needed())
+    else if (arguments.write == Write::kSanitize)
+      write_strided<E>(arguments.table, Sanitize<E>());
+    else if (is_below_float32(*clip_coef))
+      write_strided<E>(arguments.table, ScaleWide<E>{*clip_coef});
+    else if (arguments.scale.zero && *clip_coef == 0)
+      write_strided<E>(arguments.table, Zero<E>());
+    else if (const Scale<E> scale(clip_coef); scale.is_needed())
       write_strided<E>(arguments.table, scale);
   });
 }

@@ -6,24 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_, scale_each_, tensor_norms
-from .eager import total_norm
-
-__all__ = [
-    "DEVICE",
-    "ENGINE",
-    "NAME",
-    "clamp_",
-    "clip_grad_norm_",
-    "norm_partial",
-    "refuses",
-    "scale_",
-    "scale_each_",
-    "tensor_norms",
-    "total_norm",
-    "unavailable",
-    "unsupported",
-]
+from .._ops import clamp_ as clamp_
+from .._ops import clip_grad_norm_ as clip_grad_norm_
+from .._ops import norm_partial as norm_partial
+from .._ops import sanitize_ as sanitize_
+from .._ops import scale_ as scale_
+from .._ops import scale_each_ as scale_each_
+from .._ops import tensor_norms as tensor_norms
+from .eager import total_norm as total_norm
 
 NAME = "cpu"
 DEVICE = "cpu"

@@ -6,31 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .._ops import clamp_, clip_grad_norm_, norm_partial, scale_
+from .._ops import clamp_ as clamp_
+from .._ops import clip_grad_norm_ as clip_grad_norm_
+from .._ops import norm_partial as norm_partial
+from .._ops import sanitize_ as sanitize_
+from .._ops import scale_ as scale_
 from . import cpu
-from .eager import total_norm
-
-__all__ = [
-    "DEVICE",
-    "ENGINE",
-    "NAME",
-    "clamp_",
-    "clip_grad_norm_",
-    "norm_partial",
-    "refuses",
-    "scale_",
-    "total_norm",
-    "unavailable",
-    "unsupported",
-]
+from .eager import total_norm as total_norm
 
 NAME = "cuda"
 DEVICE = "cuda"
 ENGINE = _ops.cuda_engine
+NO_DEVICE = "the NVIDIA driver shows torch no device it can use"
 
 
 def unavailable() -> str | None:
-    return _ops.cuda_unavailable
+    return _ops.cuda_unavailable or (None if torch.cuda.is_available() else NO_DEVICE)
 
 
 def unsupported(device: int) -> str | None:

@@ -65,7 +65,7 @@ def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
 
 
 @torch.no_grad()
-def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+def scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
     wide = clip_coef.to(wide_dtype(clip_coef.device))
     narrow = wide.to(torch.float32)
     # Rounded to float32 where that is normal: the product with a float32 is then exact in float64, and rounds once.
@@ -79,6 +79,14 @@ def scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
         else:
             # A factor with dimensions lifts the product to its dtype.
             values.mul_(factor.reshape((1,) * values.dim()))
+        if zero:
+            values.masked_fill_(clip_coef == 0, 0)
+
+
+@torch.no_grad()
+def sanitize_(tensors: list[Tensor]) -> None:
+    for values in _dense_values(tensors):
+        values.masked_fill_(~values.isfinite(), 0)
 
 
 @torch.no_grad()

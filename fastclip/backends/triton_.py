@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from ..arithmetic import is_power
+from ..arithmetic import clip_factor, is_power, scaled_norm
 from . import eager
 
 NAME = "triton"
 ENGINE = None
-# Elements for each partial, as on the CPU.
+# Elements of a chunk, as kChunkSize in csrc/clip.h.
 CHUNK = 65_536
 WARPS = 4
 # Lanes of a block of work, each with a vector of 16 bytes.
@@ -41,7 +41,9 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OPMATH = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _DTYPES}
 _WIDE = torch.float64
 
-_MISSING = None if importlib.util.find_spec("triton") else "triton is not installed (pip install 'fastclip[triton]')"
+_MISSING = None
+if not importlib.util.find_spec("triton"):
+    _MISSING = "triton is not installed (pip install 'torch-fastclip[triton]')"
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = ("cpu",) if _INTERPRETS else ("cuda", "xpu")
 
@@ -86,11 +88,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-# The plan: plain Python, no device.
+# The table: plain Python, no device.
 
 
-class Group(NamedTuple):
-    """The tensors of one dtype, for one launch."""
+class Launch(NamedTuple):
+    """The tensors of one dtype, which one launch takes."""
 
     dtype: torch.dtype
     offset: int  # of its words in the table
@@ -98,13 +100,13 @@ class Group(NamedTuple):
     tensors: int
 
 
-class Plan(NamedTuple):
-    words: array  # the table, see triton_kernels.py
-    groups: list[Group]
+class Table(NamedTuple):
+    words: array  # see triton_kernels.py
+    launches: list[Launch]
     slots: int
 
 
-def make_plan(
+def make_table(
     spans: Sequence[tuple[int, int, torch.dtype]],
     chunk: int,
     *,
@@ -112,7 +114,7 @@ def make_plan(
     max_norm: float = 0.0,
     bounds: Callable[[torch.dtype], tuple[float, float]] | None = None,
     places: Sequence[int] | None = None,
-) -> Plan:
+) -> Table:
     """Lays out the table of a list.
 
     Args:
@@ -135,16 +137,16 @@ def make_plan(
         slot += own if norm_type else 1
     root = 1 / norm_type if norm_type else 0.0
     words = array("q", (slot, *_bits(norm_type, root, max_norm)))
-    groups = []
-    for dtype, group_rows in rows.items():
-        groups.append(Group(dtype, len(words), chunks[dtype], len(group_rows) // 4))
+    launches = []
+    for dtype, own_rows in rows.items():
+        launches.append(Launch(dtype, len(words), chunks[dtype], len(own_rows) // 4))
         numbers = bounds(dtype) if bounds else (norm_type, 0.0)
-        words.extend((len(group_rows) // 4, chunks[dtype], *_bits(*numbers)))
-        words.extend(group_rows)
+        words.extend((len(own_rows) // 4, chunks[dtype], *_bits(*numbers)))
+        words.extend(own_rows)
         if places is not None:
             words.extend(own_places[dtype])
-            words.extend([0] * (len(words) % 2))  # the next group, too, starts at a multiple of 16 bytes
-    return Plan(words, groups, slot)
+            words.extend([0] * (len(words) % 2))  # the next launch, too, starts at a multiple of 16 bytes
+    return Table(words, launches, slot)
 
 
 def overlap(spans: Iterable[tuple[int, int, torch.dtype]]) -> bool:
@@ -218,11 +220,11 @@ def _pinned(size: int, device: torch.device) -> Tensor:
 
 
 def _to_device(words: array, device: torch.device) -> Tensor:
-    table = torch.frombuffer(words, dtype=torch.int64)
+    here = torch.frombuffer(words, dtype=torch.int64)
     if device.type == "cpu":
-        return table
+        return here
     pinned = _pinned(len(words), device)
-    pinned.copy_(table)
+    pinned.copy_(here)
     return pinned.to(device, non_blocking=True)
 
 
@@ -244,21 +246,21 @@ def _on(device: torch.device):
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch(kernel, plan: Plan, table: Tensor, *tensors: Tensor) -> None:
-    for group in plan.groups:
-        _launch_group(kernel, group, table, *tensors)
+def _launch_all(kernel, table: Table, words: Tensor, *tensors: Tensor, **constants) -> None:
+    for launch in table.launches:
+        _launch(kernel, launch, words, *tensors, **constants)
 
 
-def _launch_group(kernel, group: Group, table: Tensor, *tensors: Tensor, **constants) -> None:
+def _launch(kernel, launch: Launch, words: Tensor, *tensors: Tensor, **constants) -> None:
     from . import triton_kernels
 
-    getattr(triton_kernels, kernel)[(_programs(table.device, group.chunks),)](
-        table[group.offset :],
+    getattr(triton_kernels, kernel)[(_programs(words.device, launch.chunks),)](
+        words[launch.offset :],
         *tensors,
         **constants,
-        DTYPE=_element(group.dtype),
+        DTYPE=_element(launch.dtype),
         CHUNK=CHUNK,
-        BLOCK=LANES * 16 // group.dtype.itemsize,
+        BLOCK=LANES * 16 // launch.dtype.itemsize,
         num_warps=WARPS,
         # A fused multiply-add would undo the exact sums.
         enable_fp_fusion=False,
@@ -271,20 +273,20 @@ def _element(dtype: torch.dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _launch_partials(plan: Plan, table: Tensor, norm_type: float, power: bool) -> tuple[Tensor, bool]:
+def _launch_partials(table: Table, words: Tensor, norm_type: float, power: bool) -> tuple[Tensor, bool]:
     """The partial of every chunk, and whether they are norms, which they may be with `power`."""
     new = torch.zeros if norm_type == 0 else torch.empty
-    partials = new(plan.slots, dtype=_WIDE, device=table.device)
-    in_units = [power and eager.powers_leave_float64(group.dtype, norm_type) for group in plan.groups]
+    partials = new(table.slots, dtype=_WIDE, device=words.device)
+    in_units = [power and eager.powers_leave_float64(launch.dtype, norm_type) for launch in table.launches]
     kind, norms = norm_kind(norm_type), any(in_units)
-    for group, in_unit in zip(plan.groups, in_units, strict=True):
-        _launch_group("norm_partial_kernel", group, table, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
+    for launch, in_unit in zip(table.launches, in_units, strict=True):
+        _launch("norm_partial_kernel", launch, words, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
     return partials, norms
 
 
 def _launch_norm(
-    plan: Plan,
-    table: Tensor,
+    table: Table,
+    words: Tensor,
     norm_type: float,
     out: Tensor,
     clip_coef: Tensor | None = None,
@@ -295,9 +297,9 @@ def _launch_norm(
     from . import triton_kernels
 
     kind = norm_kind(norm_type)
-    partials, norms = _launch_partials(plan, table, norm_type, root and is_power(norm_type))
+    partials, norms = _launch_partials(table, words, norm_type, root and is_power(norm_type))
     triton_kernels.norm_finalize_kernel[(1,)](
-        table,
+        words,
         partials,
         out,
         out if clip_coef is None else clip_coef,
@@ -316,9 +318,9 @@ def _norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
     if not spans:
         return torch.full((), math.inf if norm_type == -math.inf else 0.0, dtype=_WIDE, device=device)
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        table = make_table(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, _to_device(plan.words, device), norm_type, out, root=False)
+        _launch_norm(table, _to_device(table.words, device), norm_type, out, root=False)
     return out
 
 
@@ -328,9 +330,9 @@ def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     if not spans:
         return torch.zeros((), dtype=_WIDE, device=device)
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type)
+        table = make_table(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, _to_device(plan.words, device), norm_type, out)
+        _launch_norm(table, _to_device(table.words, device), norm_type, out)
     return out
 
 
@@ -343,14 +345,13 @@ def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
         return norms
     with _on(device):
         places, spans = zip(*placed, strict=True)
-        plan = make_plan(spans, CHUNK, norm_type=norm_type, places=places)
-        table = _to_device(plan.words, device)
-        partials, are_norms = _launch_partials(plan, table, norm_type, is_power(norm_type))
-        for group in plan.groups:
-            words = table[group.offset :]
-            triton_kernels.tensor_norms_kernel[(group.tensors,)](
-                table,
+        table = make_table(spans, CHUNK, norm_type=norm_type, places=places)
+        words = _to_device(table.words, device)
+        partials, are_norms = _launch_partials(table, words, norm_type, is_power(norm_type))
+        for launch in table.launches:
+            triton_kernels.tensor_norms_kernel[(launch.tensors,)](
                 words,
+                words[launch.offset :],
                 partials,
                 norms,
                 KIND=norm_kind(norm_type),
@@ -375,11 +376,11 @@ def _scale_each_(tensors: list[Tensor], coefs: Tensor) -> None:
     for together in rounds:
         with _on(device):
             places, spans = zip(*together, strict=True)
-            plan = make_plan(spans, CHUNK, places=places)
-            _launch("scale_each_kernel", plan, _to_device(plan.words, device), coefs)
+            table = make_table(spans, CHUNK, places=places)
+            _launch_all("scale_each_kernel", table, _to_device(table.words, device), coefs)
 
 
-def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
+def _scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
     spans = _read(tensors)
     if clip_coef.dim() != 0 or not clip_coef.is_floating_point() or (spans and clip_coef.device != tensors[0].device):
         raise RuntimeError(
@@ -389,8 +390,18 @@ def _scale_(tensors: list[Tensor], clip_coef: Tensor) -> None:
     for together in _in_turn(spans):
         if together:
             with _on(clip_coef.device):
-                plan = make_plan(together, CHUNK)
-                _launch("scale_kernel", plan, _to_device(plan.words, clip_coef.device), clip_coef.to(_WIDE))
+                table = make_table(together, CHUNK)
+                words = _to_device(table.words, clip_coef.device)
+                _launch_all("scale_kernel", table, words, clip_coef.to(_WIDE), ZERO=zero)
+
+
+def _sanitize_(tensors: list[Tensor]) -> None:
+    spans = _read(tensors)
+    if spans:
+        device = tensors[0].device
+        with _on(device):  # writing what overlaps twice changes nothing
+            table = make_table(spans, CHUNK)
+            _launch_all("sanitize_kernel", table, _to_device(table.words, device))
 
 
 def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
@@ -403,8 +414,8 @@ def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
         return _scale_(tensors, torch.full((), math.nan, dtype=_WIDE, device=device))
     for together in _in_turn(spans):
         with _on(device):
-            plan = make_plan(together, CHUNK, bounds=rounded.__getitem__)
-            _launch("clamp_kernel", plan, _to_device(plan.words, device))
+            table = make_table(together, CHUNK, bounds=rounded.__getitem__)
+            _launch_all("clamp_kernel", table, _to_device(table.words, device))
 
 
 def _round(bound: float, dtype: torch.dtype) -> float:
@@ -416,24 +427,55 @@ def _round(bound: float, dtype: torch.dtype) -> float:
 
 
 def _clip_grad_norm_(
-    grads: list[Tensor], max_norm: float, norm_type: float, *, dtype: torch.dtype | None = None
+    grads: list[Tensor],
+    max_norm: float,
+    norm_type: float,
+    nonfinite: int = 0,
+    found_inf: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     spans, device = _read(grads), grads[0].device
     dtype = dtype or _ops.promoted_dtype(grads)
     if not spans:
+        if found_inf is not None:
+            found_inf.zero_()
         return torch.zeros((), dtype=dtype, device=device)
     if dtype not in _DTYPES:
         raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+    if nonfinite == 0 and found_inf is None and inv_scale is None:
+        return _clip(grads, spans, max_norm, norm_type, dtype)
+    if nonfinite == 2:
+        _sanitize_(grads)
+    norm = total_norm(grads, norm_type)
+    if inv_scale is not None:
+        norm = scaled_norm(norm, norm_type, inv_scale)
+    if found_inf is not None:
+        found_inf.copy_(~norm.isfinite())
+    _scale_(grads, clip_factor(norm, max_norm, inv_scale, nonfinite == 1), zero=nonfinite == 1)
+    return norm.to(dtype)
+
+
+def _clip(
+    grads: list[Tensor],
+    spans: list[tuple[int, int, torch.dtype]],
+    max_norm: float,
+    norm_type: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """All of it by three launches."""
+    device = grads[0].device
     with _on(device):
-        plan = make_plan(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
-        table = _to_device(plan.words, device)
+        table = make_table(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
+        words = _to_device(table.words, device)
         out = torch.empty((), dtype=dtype, device=device)
         clip_coef = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(plan, table, norm_type, out, clip_coef)
+        _launch_norm(table, words, norm_type, out, clip_coef)
         if overlap(spans):
             _scale_(grads, clip_coef)
         else:
-            _launch("scale_kernel", plan, table, clip_coef)
+            _launch_all("scale_kernel", table, words, clip_coef, ZERO=False)
     return out
 
 
@@ -444,6 +486,7 @@ _KERNELS = {
     "tensor_norms": _tensor_norms,
     "scale_": _scale_,
     "scale_each_": _scale_each_,
+    "sanitize_": _sanitize_,
     "clamp_": _clamp_,
     "clip_grad_norm_": _clip_grad_norm_,
 }
@@ -464,5 +507,6 @@ if _USABLE:
     tensor_norms = torch.ops.fastclip_triton.tensor_norms.default
     scale_ = torch.ops.fastclip_triton.scale_.default
     scale_each_ = torch.ops.fastclip_triton.scale_each_.default
+    sanitize_ = torch.ops.fastclip_triton.sanitize_.default
     clamp_ = torch.ops.fastclip_triton.clamp_.default
     clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default

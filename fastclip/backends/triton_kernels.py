@@ -1,10 +1,10 @@
-"""The Triton kernels. Their plan is in triton_.py; their meaning is that of csrc/clip.h, whose names they share.
+"""The Triton kernels. Their table is made in triton_.py; their meaning is that of csrc/clip.h, whose names they share.
 
 Tensors arrive in a table of int64 words, float64 numbers as their bits, so that no scalar is specialised or narrowed::
 
     list    slots, bits of p, bits of 1 / p, bits of max_norm
-    group   tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
-    row     chunks before it in its group, address, elements, its first slot               one for each tensor
+    launch  tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
+    row     chunks before it in its launch, address, elements, its first slot              one for each tensor
     place   its place in the list      one for each row, after them all, where a kernel has a number for each tensor
 
 A chunk is CHUNK elements of one tensor and has one slot, in the order of the list, for its partial: results depend on
@@ -26,7 +26,7 @@ COUNT = tl.constexpr(4)
 POW = tl.constexpr(5)
 
 LIST_WORDS = tl.constexpr(4)
-GROUP_WORDS = tl.constexpr(4)
+LAUNCH_WORDS = tl.constexpr(4)
 ROW_WORDS = tl.constexpr(4)
 
 _VECTOR_BYTES = tl.constexpr(16)
@@ -44,13 +44,13 @@ def _load_float(word):
 
 
 @triton.jit
-def _find_number(group, chunk):
+def _find_number(launch, chunk):
     """The number of the last row with no more than `chunk` chunks before it."""
     low = tl.zeros([], tl.int64)
-    high = tl.load(group)
+    high = tl.load(launch)
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(group + 4 + middle * 4) <= chunk:
+        if tl.load(launch + 4 + middle * 4) <= chunk:
             low = middle
         else:
             high = middle
@@ -58,8 +58,8 @@ def _find_number(group, chunk):
 
 
 @triton.jit
-def _find_row(group, chunk):
-    return group + 4 + _find_number(group, chunk) * 4
+def _find_row(launch, chunk):
+    return launch + 4 + _find_number(launch, chunk) * 4
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def _extremes(body, count, head, tail, KIND: tl.constexpr, BITS: tl.constexpr, B
 
 @triton.jit
 def norm_partial_kernel(
-    group,
+    launch,
     partials,
     KIND: tl.constexpr,
     NORMS: tl.constexpr,
@@ -263,18 +263,18 @@ def norm_partial_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One partial for each chunk of a group: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
+    """One partial for each chunk of a launch: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
 
     With NORMS, which is for POW, the norm of the chunk, whose powers are summed IN_UNIT of an extreme.
     """
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
-    chunks = tl.load(group + 1)
-    p = _load_float(group + 2)
+    chunks = tl.load(launch + 1)
+    p = _load_float(launch + 2)
     chunk = tl.program_id(0).to(tl.int64)
     while chunk < chunks:
-        row = _find_row(group, chunk)
+        row = _find_row(launch, chunk)
         slot = partials + tl.load(row + 3)
         if KIND == 2 or KIND == 3 or KIND == 4:
             body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
@@ -317,7 +317,7 @@ def norm_partial_kernel(
 @triton.jit
 def tensor_norms_kernel(
     list_header,
-    group,
+    launch,
     partials,
     norms,
     KIND: tl.constexpr,
@@ -325,11 +325,11 @@ def tensor_norms_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The norm of each tensor of a group from its partials, which may be NORMS: a program for each."""
+    """The norm of each tensor of a launch from its partials, which may be NORMS: a program for each."""
     p = _load_float(list_header + 1)
-    tensors = tl.load(group)
-    row = group + 4 + tl.program_id(0).to(tl.int64) * 4
-    place = tl.load(group + 4 + tensors * 4 + tl.program_id(0))
+    tensors = tl.load(launch)
+    row = launch + 4 + tl.program_id(0).to(tl.int64) * 4
+    place = tl.load(launch + 4 + tensors * 4 + tl.program_id(0))
     first = partials + tl.load(row + 3)
     slots = tl.zeros([], tl.int64) + 1
     if KIND != 4:
@@ -441,15 +441,19 @@ def norm_finalize_kernel(
             norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
     if CLIP:
         # torch's order: reciprocal, then product; the comparison lets a NaN stay.
-        coef = 1.0 / (norm + 1e-6) * _load_float(list_header + 3)
-        tl.store(clip_coef, tl.where(coef > 1.0, 1.0, coef))
+        max_norm = _load_float(list_header + 3)
+        coef = 1.0 / (norm + 1e-6) * max_norm
+        tl.store(clip_coef, tl.where((coef > 1.0) | (max_norm == _INFINITY), 1.0, coef))
     _store_norm(out, norm)
 
 
 @triton.jit
-def _scale_block(x, coef, DTYPE: tl.constexpr):
+def _scale_block(x, coef, ZERO: tl.constexpr, DTYPE: tl.constexpr):
     """In the dtype of the coefficient, and from float64 to 16 bits by way of float32."""
-    return _narrow((_widen(x, DTYPE) * coef).to(tl.float64 if DTYPE == tl.float64 else tl.float32), DTYPE)
+    scaled = _narrow((_widen(x, DTYPE) * coef).to(tl.float64 if DTYPE == tl.float64 else tl.float32), DTYPE)
+    if ZERO:
+        scaled = tl.where(coef == 0.0, tl.zeros_like(scaled), scaled)
+    return scaled
 
 
 @triton.jit
@@ -467,57 +471,60 @@ def _scale_chunk(row, chunk, wide, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLO
             place = body + start + lane
             x = tl.load(place, mask=exists)
             if below:
-                tl.store(place, _scale_block(x, wide, DTYPE), mask=exists)
+                tl.store(place, _scale_block(x, wide, False, DTYPE), mask=exists)
             else:
-                tl.store(place, _scale_block(x, coef, DTYPE), mask=exists)
+                tl.store(place, _scale_block(x, coef, False, DTYPE), mask=exists)
 
 
 @triton.jit
-def scale_each_kernel(group, coefs, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def scale_each_kernel(launch, coefs, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x *= coefs[place of its tensor in the list]; writes nothing where that is 1."""
-    chunks = tl.load(group + 1)
-    places = group + 4 + tl.load(group) * 4
+    chunks = tl.load(launch + 1)
+    places = launch + 4 + tl.load(launch) * 4
     chunk = chunks - 1 - tl.program_id(0)
     while chunk >= 0:
-        number = _find_number(group, chunk)
+        number = _find_number(launch, chunk)
         place = tl.load(places + number)
-        _scale_chunk(group + 4 + number * 4, chunk, tl.load(coefs + place), DTYPE, CHUNK, BLOCK)
+        _scale_chunk(launch + 4 + number * 4, chunk, tl.load(coefs + place), DTYPE, CHUNK, BLOCK)
         chunk -= tl.num_programs(0)
 
 
 @triton.jit
-def _scale_wide(group, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_wide(launch, coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x *= coef in float64, for a coefficient below float32."""
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     lane = tl.arange(0, BLOCK)
     chunk = tl.program_id(0).to(tl.int64)
-    while chunk < tl.load(group + 1):
-        row = _find_row(group, chunk)
+    while chunk < tl.load(launch + 1):
+        row = _find_row(launch, chunk)
         body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
         for start in range(-head, count + tail, BLOCK):
             exists = start + lane < count + tail
             place = body + start + lane
-            tl.store(place, _scale_block(tl.load(place, mask=exists), coef, DTYPE), mask=exists)
+            tl.store(place, _scale_block(tl.load(place, mask=exists), coef, False, DTYPE), mask=exists)
         chunk += tl.num_programs(0)
 
 
 @triton.jit
-def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic."""
+def scale_kernel(launch, clip_coef, ZERO: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= clip_coef; writes nothing where it is 1 in the dtype of the arithmetic.
+
+    With ZERO a coefficient of 0 makes zeros also of inf and NaN.
+    """
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
     wide = tl.load(clip_coef)
     coef = wide.to(OPMATH)
     if (wide != 0.0) & (tl.abs(wide) < _LEAST_NORMAL) & (DTYPE != tl.float64):
-        _scale_wide(group, wide, DTYPE, CHUNK, BLOCK)
+        _scale_wide(launch, wide, DTYPE, CHUNK, BLOCK)
     elif coef != 1.0:
-        chunks = tl.load(group + 1)
+        chunks = tl.load(launch + 1)
         lane = tl.arange(0, BLOCK)
         # Backwards: what the norm read last is still in cache.
         chunk = chunks - 1 - tl.program_id(0)
         while chunk >= 0:
-            row = _find_row(group, chunk)
+            row = _find_row(launch, chunk)
             body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
             unrolled = count // (4 * BLOCK) * (4 * BLOCK)
             for start in range(0, unrolled, 4 * BLOCK):
@@ -525,19 +532,38 @@ def scale_kernel(group, clip_coef, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLO
                 x1 = tl.load(body + start + BLOCK + lane)
                 x2 = tl.load(body + start + 2 * BLOCK + lane)
                 x3 = tl.load(body + start + 3 * BLOCK + lane)
-                tl.store(body + start + lane, _scale_block(x0, coef, DTYPE))
-                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, DTYPE))
-                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, DTYPE))
-                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, DTYPE))
+                tl.store(body + start + lane, _scale_block(x0, coef, ZERO, DTYPE))
+                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, ZERO, DTYPE))
+                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, ZERO, DTYPE))
+                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, ZERO, DTYPE))
             for start in range(unrolled, count, BLOCK):
                 exists = start + lane < count
                 x = tl.load(body + start + lane, mask=exists)
-                tl.store(body + start + lane, _scale_block(x, coef, DTYPE), mask=exists)
+                tl.store(body + start + lane, _scale_block(x, coef, ZERO, DTYPE), mask=exists)
             if head + tail > 0:
                 offset, exists = _edges(count, head, tail, VECTOR)
                 x = tl.load(body + offset, mask=exists)
-                tl.store(body + offset, _scale_block(x, coef, DTYPE), mask=exists)
+                tl.store(body + offset, _scale_block(x, coef, ZERO, DTYPE), mask=exists)
             chunk -= tl.num_programs(0)
+
+
+@triton.jit
+def sanitize_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x = 0 where x is not finite; writes only those."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
+    lane = tl.arange(0, BLOCK)
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < tl.load(launch + 1):
+        row = _find_row(launch, chunk)
+        body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+        for start in range(-head, count + tail, BLOCK):
+            exists = start + lane < count + tail
+            place = body + start + lane
+            bits = tl.load(place, mask=exists, other=0)
+            x = _magnitude_to_float(_magnitude(bits, BITS), DTYPE)
+            tl.store(place, tl.zeros_like(bits), mask=exists & ~(x < _INFINITY))
+        chunk += tl.num_programs(0)
 
 
 @triton.jit
@@ -552,19 +578,19 @@ def _clamp_vectors(place, x, exists, low, high, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def clamp_kernel(group, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def clamp_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x = min(max(x, low), high), which keeps NaN; writes only the vectors of 16 bytes that change."""
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
-    chunks = tl.load(group + 1)
-    low = _load_float(group + 2).to(OPMATH)
-    high = _load_float(group + 3).to(OPMATH)
+    chunks = tl.load(launch + 1)
+    low = _load_float(launch + 2).to(OPMATH)
+    high = _load_float(launch + 3).to(OPMATH)
     vector = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
     lane = vector + tl.arange(0, VECTOR)[None, :]
     chunk = tl.program_id(0).to(tl.int64)
     while chunk < chunks:
-        row = _find_row(group, chunk)
+        row = _find_row(launch, chunk)
         body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
         unrolled = count // (4 * BLOCK) * (4 * BLOCK)
         for start in range(0, unrolled, 4 * BLOCK):

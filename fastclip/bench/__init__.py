@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,41 @@ def _entry(case: Case) -> dict[str, Any]:
 def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     saved = options.save and options.save / report.saved_name(result["conditions"])
     writers = (
-        (options.json, ".json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
+        (options.json, None, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
         (None, ".md", lambda path: path.write_text(report.markdown(result))),
         (options.plot, ".png", lambda path: charts.ratio_chart(result, path)),
     )
     for named, suffix, write in writers:
-        for path in filter(None, (named, saved and saved.with_name(saved.name + suffix))):
+        for path in filter(None, (named, saved and suffix and saved.with_name(saved.name + suffix))):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
             print(f"wrote {path}")
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, but {text!r} is a folder")
+    _folder(str(path.parent))
+    return path
+
+
+def _plot(text: str) -> Path:
+    path = _file(text)
+    # Those that matplotlib writes without any other program.
+    if path.suffix.lower() not in (".pdf", ".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text!r}")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    first = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not first.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder, but {str(first)!r} is a file")
+    if not os.access(first, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be in a folder that can be written, got {text!r}")
+    return path
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
@@ -131,18 +158,18 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--threads", type=int, metavar="N", help="torch's threads, which fastclip uses, too")
     add("--cold", action="store_true", help="evict the gradients from the cache before every timed call, as on a GPU")
     add("--check-bars", action="store_true", help="compare with the required ratios; a miss exits with 1")
-    add("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the ratios to torch foreach")
+    add("--json", type=_file, metavar="FILE", help="write the rows as JSON")
+    add("--plot", type=_plot, metavar="FILE.png", help="draw the ratios to torch foreach")
     add(
         "--save",
-        type=Path,
+        type=_folder,
         metavar="DIR",
-        help="write JSON, markdown and chart, named by date, and the GPU, or CPU and cores",
+        help="write markdown and chart, named by date, and the GPU, or CPU and cores",
     )
     options = parser.parse_args(argv)
     for name, least in (("rounds", 2), ("threads", 1)):
         if (number := getattr(options, name)) is not None and number < least:
             parser.error(f"--{name} must be at least {least}, got {number}")
     if (options.plot or options.save) and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'fastclip[bench]'")
+        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'torch-fastclip[bench]'")
     return options

@@ -10,7 +10,7 @@ from .cases import Case, Regime
 
 # Elements that are compared at once. On a CPU their float64 copies stay in the cache, and torch starts no threads for
 # so few: its barriers would cost more. On a GPU they are enough to be worth the wait for the verdict.
-_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 25}
+_PIECE = {"cpu": 1 << 15, "cuda": 1 << 25}
 
 
 class Gradients:
@@ -21,7 +21,7 @@ class Gradients:
 
     def __init__(self, case: Case, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
-        self.chunk = _CHUNK[device.type]
+        self.piece = _PIECE[device.type]
         self.flat: dict[torch.dtype, torch.Tensor] = {}
         saved: dict[torch.dtype, list[torch.Tensor]] = {}
         for dtype in {dtype: None for _, dtype in case.tensors}:
@@ -32,7 +32,7 @@ class Gradients:
         self.saved = [saved[dtype].pop().view(shape) for shape, dtype in case.tensors]
         self.grads = [s.clone() for s in self.saved]
         self.parameters = [_parameter(g) for g in self.grads]
-        self.total_norm = math.sqrt(sum(_squares(c) for flat in self.flat.values() for c in flat.split(self.chunk)))
+        self.total_norm = math.sqrt(sum(_squares(c) for flat in self.flat.values() for c in flat.split(self.piece)))
 
     def restore(self) -> None:
         """Write the saved values back."""
@@ -77,14 +77,14 @@ class Gradients:
         return None
 
     def _batches(self) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
-        """Pieces (index, gradient, saved) of one dtype, at most a chunk of elements together."""
+        """Pieces (index, gradient, saved) of one dtype, at most so many elements together."""
         batch, room = [], 0
         for i, (grad, saved) in enumerate(zip(self.grads, self.saved, strict=True)):
-            for g, s in zip(grad.flatten().split(self.chunk), saved.flatten().split(self.chunk), strict=True):
+            for g, s in zip(grad.flatten().split(self.piece), saved.flatten().split(self.piece), strict=True):
                 if batch and (len(g) > room or g.dtype != batch[-1][1].dtype):
                     yield batch
                     batch = []
-                room = (room if batch else self.chunk) - len(g)
+                room = (room if batch else self.piece) - len(g)
                 batch.append((i, g, s))
         if batch:
             yield batch
@@ -99,8 +99,8 @@ def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def _squares(chunk: torch.Tensor) -> float:
-    wide = chunk.double()
+def _squares(piece: torch.Tensor) -> float:
+    wide = piece.double()
     return float(wide.dot(wide))
 
 

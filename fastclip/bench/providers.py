@@ -62,11 +62,12 @@ def available(device: torch.device) -> list[Provider]:
 def _others() -> list[Provider]:
     """What else clips by norm on a GPU, where it can be imported; not judged, as torch is not."""
     found = []
+    # What is not installed is not measured.
     with contextlib.suppress(ImportError):
         from apex.contrib.clip_grad import clip_grad_norm_
 
         found.append(Provider("apex", SimpleNamespace(clip_grad_norm_=clip_grad_norm_), gated=False))
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # likewise
         from transformer_engine.pytorch import optimizers
 
         clip = partial(_clip_with_multi_tensor, optimizers)

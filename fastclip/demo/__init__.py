@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            print(f"python -m fastclip demo needs {name}: pip install fastclip[demo] ({error})", file=sys.stderr)
+            needs = f"python -m fastclip demo needs {name}: pip install 'torch-fastclip[demo]' ({error})"
+            print(needs, file=sys.stderr)
             return 2
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)

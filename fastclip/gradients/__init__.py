@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _dispatch, distributed
 from ..backends import eager
 from ..distributed import ProcessGroup
 from . import parts, reading
-from .contract import Clip, Foreign, Gradients, Group, Nothing
+from .contract import PROPAGATE, SANITIZE, ZERO, Clip, Foreign, Gradients, Group, Nothing
 from .parts import of_tensors
 from .sharded import Routed, Sharded, reduced_norm
 
-__all__ = ["Clip", "Foreign", "Gradients", "Group", "Nothing", "Routed", "is_known", "of", "of_tensors", "reduced_norm"]
+__all__ = [
+    "PROPAGATE",
+    "SANITIZE",
+    "ZERO",
+    "Clip",
+    "Foreign",
+    "Gradients",
+    "Group",
+    "Nothing",
+    "Routed",
+    "is_known",
+    "is_plain",
+    "of",
+    "of_tensors",
+    "reduced_norm",
+]
 
 
 def of(
@@ -37,17 +51,16 @@ def of(
         writes: whether the list will be written.
         symmetric: whether what happens to ``-x`` is the negative of what happens to ``x``.
     """
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
-        return _foreign(parameters, gradients, foreach, asked=False)  # torch.jit drops an op whose result nobody reads
-    read = reading.read(parameters, gradients, writes)
+    # What may run the caller's code comes before the addresses are taken.
+    groups = distributed.as_groups(process_group)
+    skip = None if is_duplicate is None else [is_duplicate(parameter) for parameter in parameters]
     asked = process_group is not None or is_duplicate is not None
-    if read is None:
-        return _foreign(parameters, gradients, foreach, asked)
-    sections, shares = read
+    found = reading.read(parameters, gradients, writes)
+    if found is None:
+        return _foreign(parameters, gradients, foreach, writes, asked)
+    sections, shares = found
     if asked or shares:
-        skip = None if is_duplicate is None else [is_duplicate(parameter) for parameter in parameters]
-        counted = reading.read(parameters, gradients, False, skip) if skip else read
-        groups = distributed.as_groups(process_group)
+        counted = reading.read(parameters, gradients, False, skip) if skip else found
         return Sharded(sections, *counted, groups, foreach=foreach, writes=writes, symmetric=symmetric)
     return parts.of_sections(sections, foreach, writes, symmetric) if sections else Nothing()
 
@@ -57,11 +70,21 @@ def is_known(tensor: Tensor) -> bool:
     return type(tensor) in reading.KNOWN
 
 
-def _foreign(parameters: Sequence[Tensor], gradients: bool, foreach: bool | None, asked: bool) -> Foreign:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is torch's own, or a DTensor: what clips are computed of here, and not by torch's functions."""
+    return type(tensor) in reading.KNOWN or type(tensor) is distributed.dtensor_type()
+
+
+def _foreign(parameters: Sequence[Tensor], gradients: bool, foreach: bool | None, writes: bool, asked: bool) -> Foreign:
     tensors = [grad for p in parameters if (grad := p.grad) is not None] if gradients else list(parameters)
-    odd = next((type(tensor) for tensor in tensors if not is_known(tensor)), Tensor)
+    unknown = [type(t) for t in tensors if not is_known(t) and type(t) is not distributed.dtensor_type()]
+    unknown += [type(t) for t in tensors if not is_known(t)]
+    if not unknown:
+        return Foreign(parameters, tensors, foreach, "torch.jit traces: torch's own functions take the whole list")
+    odd = unknown[0]
     if asked:
         raise TypeError(f"process_group, is_duplicate: not supported for gradients of type {odd.__name__}")
-    if odd is not Tensor and issubclass(odd, Tensor) and (forced := _dispatch.forced()) not in (None, eager):
+    if issubclass(odd, Tensor) and (forced := _dispatch.forced()) not in (None, eager):
         raise ValueError(f"use_backend({forced.NAME!r}): it cannot take a {odd.__name__}, a tensor subclass")
-    return Foreign(parameters, tensors, foreach)
+    parts.check([t for t in tensors if is_known(t)], writes)
+    return Foreign(parameters, tensors, foreach, f"{odd.__name__}: torch's own functions take the whole list")

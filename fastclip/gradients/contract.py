@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad as _torch
 
 from .. import _ops
-from ..arithmetic import clip_coef, root, wide_dtype
+from ..arithmetic import as_number, clip_coef, clip_factor, root, scaled_norm, wide_dtype
 from ..backends import eager
 
 # Bound at import, because patch() puts fastclip's functions in their place.
@@ -22,11 +22,33 @@ _torch_clip_grad_value_ = _torch.clip_grad_value_
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
+# In the order of Nonfinite in csrc/clip.h.
+PROPAGATE, ZERO, SANITIZE = range(3)
+
+
 class Clip(NamedTuple):
     """What is asked of a clip by norm; csrc/clip.h has the same fields in the same order."""
 
     max_norm: float
     norm_type: float
+    nonfinite: int = PROPAGATE
+    found_inf: Tensor | None = None  # of one float32: receives 1 where the norm is not finite, else 0
+    inv_scale: float | Tensor | None = None  # meant are the gradients times it
+
+    def at(self, device: torch.device) -> Clip:
+        """The same with 0-dim numbers on a device. What was ``found_inf`` may have to be given a copy."""
+        found_inf, inv_scale = self.found_inf, self.inv_scale
+        if found_inf is not None:
+            near = found_inf.device == device
+            found_inf = found_inf.detach().reshape(()) if near else torch.empty((), dtype=torch.float32, device=device)
+        if inv_scale is not None:
+            inv_scale = as_number(inv_scale, device).resolve_neg()
+        return self._replace(found_inf=found_inf, inv_scale=inv_scale)
+
+    def hand_back(self, found_inf: Tensor | None) -> None:
+        """Gives ``found_inf``, of another device, what was written to the number of :meth:`at`."""
+        if found_inf is not None and found_inf.device != self.found_inf.device:
+            found_inf.detach().copy_(self.found_inf)
 
 
 class Group(NamedTuple):
@@ -50,8 +72,8 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
 class Gradients:
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``norms``, ``scale_``, ``scale_each_`` and ``clamp_``; the rest follows from
-    them, and a list that knows a shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``norms``, ``scale_``, ``scale_each_``, ``sanitize_`` and ``clamp_``; the rest
+    follows from them, and a list that knows a shorter way for a whole call overrides it.
     """
 
     __slots__ = ()
@@ -67,8 +89,12 @@ class Gradients:
         """The wide norm of each of :attr:`tensors` alone, (N,)."""
         raise NotImplementedError
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        """``x *= clip_coef``, a 0-dim wide tensor on any device."""
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        """``x *= clip_coef``, a 0-dim wide tensor on any device; with ``zero`` a 0 makes zeros also of inf and NaN."""
+        raise NotImplementedError
+
+    def sanitize_(self) -> None:
+        """``x = 0`` where x is not finite."""
         raise NotImplementedError
 
     def scale_each_(self, coefs: Tensor) -> None:
@@ -104,16 +130,48 @@ class Gradients:
         return root(self.norm_partial(norm_type), norm_type)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
+        if not torch.compiler.is_compiling() and max_norm == math.inf:
+            return torch.autograd.graph.increment_version(self.tensors)  # no norm reaches it
         with torch.no_grad():
             self.scale_(clip_coef(total_norm.to(wide_dtype(total_norm.device)), max_norm))
 
-    def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
+    def norm_of(self, clip: Clip) -> Tensor:
+        """The wide norm that is asked for; writes ``found_inf``, and what is to be sanitized."""
+        if clip.nonfinite == SANITIZE:
+            self.sanitize_()
         total_norm = self.total_norm(clip.norm_type)
-        self.clip_with_norm_(clip.max_norm, total_norm)
+        if clip.inv_scale is not None:
+            total_norm = scaled_norm(total_norm, clip.norm_type, clip.inv_scale)
+        if clip.found_inf is not None:
+            clip.found_inf.detach().copy_(~total_norm.isfinite())
+        return total_norm
+
+    def clip_by_(self, clip: Clip, total_norm: Tensor) -> None:
+        """Clips by the norm that :meth:`norm_of` gave."""
+        if clip.inv_scale is None and clip.nonfinite != ZERO:
+            return self.clip_with_norm_(clip.max_norm, total_norm)
+        with torch.no_grad():
+            wide = total_norm.to(wide_dtype(total_norm.device))
+            zero = clip.nonfinite == ZERO
+            self.scale_(clip_factor(wide, clip.max_norm, clip.inv_scale, zero), zero)
+
+    def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
+        total_norm = self.norm_of(clip)
+        self.clip_by_(clip, total_norm)
         return self.finish(total_norm, norm_dtype)
 
     def clip_grad_value_(self, low: float, high: float) -> None:
         self.check_clamp(low, high)
+        self.clamp_(low, high)
+
+    def clip_scaled_value_(self, clip: Clip, low: float, high: float) -> None:
+        """The same after what ``clip``, of the infinite norm and an infinite bound, asks for."""
+        self.check_clamp(low, high)
+        if clip.nonfinite == PROPAGATE and clip.found_inf is None:
+            near = self.tensors[0].device if self.tensors else torch.device("cpu")
+            self.scale_(as_number(clip.inv_scale, near))
+        else:
+            self.clip_by_(clip, self.norm_of(clip))
         self.clamp_(low, high)
 
     def check_finite(self, total_norm: Tensor, norm_type: float) -> None:
@@ -139,10 +197,13 @@ class Nothing(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return torch.zeros(0)
 
-    def scale_(self, clip_coef: Tensor) -> None:
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         pass
 
     def scale_each_(self, coefs: Tensor) -> None:
+        pass
+
+    def sanitize_(self) -> None:
         pass
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
@@ -150,6 +211,10 @@ class Nothing(Gradients):
 
     def clip_grad_value_(self, low: float, high: float) -> None:
         pass
+
+    def clip_scaled_value_(self, clip: Clip, low: float, high: float) -> None:
+        if clip.found_inf is not None:
+            clip.found_inf.detach().zero_()
 
     def check_finite(self, total_norm: Tensor, norm_type: float) -> None:
         pass
@@ -164,8 +229,10 @@ class Nothing(Gradients):
 class Foreign(Gradients):
     """Tensor subclasses, and what is no tensor: torch's own functions know what they mean."""
 
-    def __init__(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor], foreach: bool | None) -> None:
-        self.parameters, self.tensors, self.foreach = parameters, tensors, foreach
+    def __init__(
+        self, parameters: Sequence[Tensor], tensors: Sequence[Tensor], foreach: bool | None, reason: str = ""
+    ) -> None:
+        self.parameters, self.tensors, self.foreach, self.reason = parameters, tensors, foreach, reason
 
     def total_norm(self, norm_type: float) -> Tensor:
         return _torch_get_total_norm(self.tensors, norm_type, False, self.foreach)
@@ -175,14 +242,13 @@ class Foreign(Gradients):
         return torch.stack([torch.linalg.vector_norm(tensor, norm_type) for tensor in self.tensors])
 
     @torch.no_grad()
-    def scale_(self, clip_coef: Tensor) -> None:
-        for tensor in self.tensors:
-            tensor.mul_(clip_coef.to(tensor.device))
-
-    @torch.no_grad()
     def scale_each_(self, coefs: Tensor) -> None:
         for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
             tensor.mul_(coef.to(tensor.device))
+
+    def norm_of(self, clip: Clip) -> Tensor:
+        self._check_plain(clip)
+        return self.total_norm(clip.norm_type)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         _torch_clip_grads_with_norm_(self.parameters, max_norm, total_norm, self.foreach)
@@ -190,10 +256,17 @@ class Foreign(Gradients):
     def clip_grad_value_(self, low: float, high: float) -> None:
         _torch_clip_grad_value_(self.parameters, high, self.foreach)
 
+    def clip_scaled_value_(self, clip: Clip, low: float, high: float) -> None:
+        self._check_plain(clip)
+
+    def _check_plain(self, clip: Clip) -> None:
+        if clip[2:] != (PROPAGATE, None, None):
+            odd = next((type(t) for t in self.tensors if type(t) not in PLAIN), Tensor)
+            what = "nonfinite='zero' or 'sanitize', found_inf, inv_scale"
+            raise TypeError(f"{what}: not supported for gradients of type {odd.__name__}, which torch's functions clip")
+
     def groups(self) -> Iterator[Group]:
-        odd = next(type(t) for t in self.tensors if type(t) not in PLAIN)
-        reason = f"{odd.__name__} is a tensor subclass: torch's own functions take the whole list"
-        yield describe(eager.NAME, self.tensors, reason)
+        yield describe(eager.NAME, self.tensors, self.reason)
 
     def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
         return total_norm if norm_dtype is None else total_norm.to(norm_dtype)

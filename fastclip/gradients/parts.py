@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -34,8 +35,11 @@ class Part(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return self.backend.tensor_norms(self.tensors, norm_type)
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device))
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device), zero=zero)
+
+    def sanitize_(self) -> None:
+        self.backend.sanitize_(self.tensors)
 
     def scale_each_(self, coefs: Tensor) -> None:
         device = self.tensors[0].device
@@ -57,7 +61,9 @@ class Part(Gradients):
         if not self.backend.clip_grad_norm_ or torch.compiler.is_compiling():
             return super().clip_grad_norm_(clip, norm_dtype)
         narrow = norm_dtype not in (None, *DTYPES)
-        norm = self.backend.clip_grad_norm_(self.tensors, *clip, dtype=torch.float64 if narrow else norm_dtype)
+        asked = clip.at(self.tensors[0].device)
+        norm = self.backend.clip_grad_norm_(self.tensors, *asked, dtype=torch.float64 if narrow else norm_dtype)
+        asked.hand_back(clip.found_inf)
         return norm.to(norm_dtype) if narrow else norm
 
 
@@ -72,6 +78,10 @@ class Parts(Gradients):
         for member in self.members:
             yield from member.groups()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return functools.reduce(torch.promote_types, (member.dtype for member in self.members))
+
     def norm_partial(self, norm_type: float) -> Tensor:
         # No tensor to speak of is no term of a sum of negative powers or of a minimum.
         members = [each for each in self.members if norm_type >= 0 or each.has_elements()]
@@ -81,9 +91,13 @@ class Parts(Gradients):
         home = self.tensors[0].device
         return torch.cat([member.norms(norm_type).to(home, wide_dtype(home)) for member in self.members])
 
-    def scale_(self, clip_coef: Tensor) -> None:
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         for member in self.members:
-            member.scale_(clip_coef)
+            member.scale_(clip_coef, zero)
+
+    def sanitize_(self) -> None:
+        for member in self.members:
+            member.sanitize_()
 
     def scale_each_(self, coefs: Tensor) -> None:
         parts = coefs.split([len(member.tensors) for member in self.members])
@@ -112,8 +126,11 @@ def of_tensors(
     tensors: list[Tensor], *, foreach: bool | None = None, writes: bool = False, symmetric: bool = True
 ) -> Gradients:
     """Plain tensors of this process, at least one: see :func:`fastclip.gradients.of`."""
-    sections, _ = reading.read(tensors, False, writes)
-    return of_sections(sections, foreach, writes, symmetric)
+    found = reading.read(tensors, False, writes)
+    if found is None or found[1]:
+        kinds = sorted({type(tensor).__name__ for tensor in tensors})
+        raise TypeError(f"expected plain tensors, and no torch.jit.trace around them, got {', '.join(kinds)}")
+    return of_sections(found[0], foreach, writes, symmetric)
 
 
 def of_sections(sections: Sequence[reading.Section], foreach: bool | None, writes: bool, symmetric: bool) -> Gradients:
@@ -139,7 +156,7 @@ def members_of(section: reading.Section, foreach: bool | None, writes: bool, sym
 
 
 def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
-    """Groups tensors by backend and device, keeping their order inside each group.
+    """Sorts tensors by backend and device, keeping their order inside each part.
 
     Args:
         tensors: plain tensors, or what a trace puts in their place.
@@ -153,7 +170,8 @@ def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
     for tensor in tensors:
         refusals = []
         for backend in candidates:
-            refusal = (refused if backend.ENGINE else None) or backend.refuses(tensor)
+            read = backend.ENGINE and tensor.device.type == backend.DEVICE
+            refusal = (refused if read else None) or backend.refuses(tensor)
             if refusal is None:
                 break
             refusals.append(f"{backend.NAME}: {refusal}")
@@ -178,10 +196,12 @@ def check(tensors: Sequence[Tensor], writes: bool) -> None:
 
 
 def _check_memory(tensor: Tensor) -> None:
-    # A trace and a transform have tensors without memory of their own.
-    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or _dispatch.in_transform():
+    # A trace, a transform and other devices have tensors without memory of their own, or none that is addressed.
+    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda") or tensor.layout != torch.strided:
         return
-    if tensor.layout == torch.strided and tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
+    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    if tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.data_ptr() == 0:
         raise RuntimeError(f"a {tensor.dtype} gradient of shape {tuple(tensor.shape)} has no memory for its elements")
 
 

@@ -60,8 +60,12 @@ class Plain(Gradients):
         self._engine.norms(self._views, norm_type, norms)
         return norms
 
-    def scale_(self, clip_coef: Tensor) -> None:
-        self._engine.scale_(self._views, self._near(clip_coef))
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self._engine.scale_(self._views, self._near(clip_coef), zero)
+        _increment_version(self.tensors)
+
+    def sanitize_(self) -> None:
+        self._engine.sanitize_(self._views)
         _increment_version(self.tensors)
 
     def scale_each_(self, coefs: Tensor) -> None:
@@ -82,8 +86,14 @@ class Plain(Gradients):
     def clip_grad_norm_(self, clip: Clip, norm_dtype: torch.dtype | None) -> Tensor:
         dtype = norm_dtype or self._dtypes[0]
         norm = _empty(dtype if dtype in DTYPES else torch.float64, self._device)
+        found_inf = clip.found_inf
+        if found_inf is not None or clip.inv_scale is not None:
+            clip = clip.at(self._device)
         self._engine.clip_grad_norm_(self._views, norm, *clip)
         _increment_version(self.tensors)
+        if found_inf is not None:
+            _increment_version([found_inf])
+            clip.hand_back(found_inf)
         return norm if dtype in DTYPES else norm.to(dtype)
 
     def _number(self, compute: Callable[..., None], norm_type: float) -> Tensor:
@@ -93,6 +103,7 @@ class Plain(Gradients):
 
     def _near(self, number: Tensor) -> Tensor:
         """A 0-dim number as the engine reads it: on its device, of one of its dtypes, with its sign in memory."""
-        if number.dtype in DTYPES and number.device == self._device and not number.is_neg():
+        odd = number.is_neg() or number._is_zerotensor()
+        if number.dtype in DTYPES and number.device == self._device and not odd:
             return number
-        return number.detach().to(self._device, torch.float64).resolve_neg()
+        return number.detach().to(self._device, torch.float64, copy=True).resolve_neg()

@@ -39,7 +39,7 @@ _REASONS = (
 
 
 class Section(NamedTuple):
-    """Tensors that have everything in common that matters."""
+    """Tensors that have everything in common that matters; from C++ a plain tuple."""
 
     views: object  # for the engine of their device; None where no compiled engine takes them
     tensors: list[Tensor]
@@ -50,10 +50,10 @@ class Section(NamedTuple):
 
 
 class Share(NamedTuple):
-    """DTensors of one mesh and placements."""
+    """DTensors of one mesh, and of placements of the same types: sharded, replicated or partial alike."""
 
     mesh: object
-    placements: tuple
+    placements: tuple  # of one of them
     owner: Tensor  # one of them: a gradient, or the parameter of one that this rank does not have
     slots: list[Tensor | None]  # for each parameter its gradient
 
@@ -97,17 +97,19 @@ def read(
         skip: for each of the list, whether it is left out; a DTensor then keeps its empty slot.
 
     Returns:
-        sections and shares; None where a tensor is of a type that is not known here.
+        sections and shares; None where torch's own functions take the list, because a tensor is of a type that is not
+        known here, or torch.jit traces.
     """
     if _is_compiling() or _transform() is not None:
         return _read_in_python(tensors, gradients, skip)
     if _is_tracing():
-        return None  # torch.jit drops an op whose result nobody reads
+        return None  # torch.jit drops an op whose result nobody reads: torch's own functions are right under it
     cpu, cuda = _dispatch.compiled()
     if cpu is cuda:  # neither
         return _read_in_python(tensors, gradients, skip)
     versions = writes and not _in_inference_mode()
-    arguments = (tensors, gradients, writes, versions, cpu is not None, cuda is not None, dtensor_type(), skip)
+    dtensor = dtensor_type()
+    arguments = (tensors, gradients, writes, versions, cpu is not None, cuda is not None, dtensor, skip)
     modes = _has_function_modes()
     watched = (
         _dispatch_modes() > 0
@@ -118,15 +120,19 @@ def read(
     if modes and not watched:
         # Under a DeviceContext each look at a tensor would go through Python.
         with torch._C.DisableTorchFunction():
-            read = _ops.read(*arguments)
+            found = _ops.read(*arguments)
+    elif dtensor is not None and tensors and type(tensors[0]) is dtensor:
+        # Else torch asks each DTensor for its __torch_function__, which it does not have.
+        with torch._C.DisableTorchFunctionSubclass():
+            found = _ops.read(*arguments)
     else:
-        read = _ops.read(*arguments)
-    if read is None:
+        found = _ops.read(*arguments)
+    if found is None:
         return _read_in_python(tensors, gradients, skip)
-    sections, shares = read
+    sections, shares = found
     if watched:
         # Ops take what was read, for all to see.
-        sections = [(None, *section[1:]) for section in sections]
+        sections = [Section(None, *section[1:]) for section in sections]
     return sections, [Share(*share) for share in shares] if shares else shares
 
 
@@ -159,7 +165,7 @@ def _read_in_python(
 def _find_share(shares: list[Share], owner: Tensor) -> int:
     mesh, placements = owner._spec.mesh, owner._spec.placements
     for i, share in enumerate(shares):
-        if share.mesh is mesh and share.placements == placements:
+        if share.mesh is mesh and list(map(type, share.placements)) == list(map(type, placements)):
             return i
     shares.append(Share(mesh, placements, owner, []))
     return len(shares) - 1

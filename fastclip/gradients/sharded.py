@@ -43,29 +43,33 @@ class Sharded(Gradients):
         writes: bool,
         symmetric: bool,
     ) -> None:
-        self._sections, self._shares, self._groups = sections, shares, groups
-        read = [(section, parts.members_of(section, foreach, writes, symmetric)) for section in sections]
+        self._shares, self._groups = shares, groups
+        self._sections = [Section(*section) for section in sections]
+        read = [(section.share, parts.members_of(section, foreach, writes, symmetric)) for section in self._sections]
+        self._counted = read
         if counted is not sections:
-            read_again = [(section, parts.members_of(section, foreach, False, symmetric)) for section in counted]
-        self._counted = [(section[5], members) for section, members in (read if counted is sections else read_again)]
+            again = [Section(*section) for section in counted]
+            self._counted = [(section.share, parts.members_of(section, foreach, False, symmetric)) for section in again]
         members = [member for _, each in read for member in each]
-        self._share_of = [section[5] for section, each in read for member in each for _ in member.tensors]
-        self.tensors = [tensor for member in members for tensor in member.tensors]
-        self._local = parts.Parts(members) if members else None
+        self._members = read
+        self._local = members[0] if len(members) == 1 else parts.Parts(members) if members else None
+        self.tensors = self._local.tensors if self._local else ()
 
     def groups(self) -> Iterator[Group]:
         return self._local.groups() if self._local else iter(())
 
     @property
     def dtype(self) -> torch.dtype:
-        tensors = self.tensors or [_local(share.owner) for share in self._shares]
-        return _ops.promoted_dtype(tensors) if tensors else torch.get_default_dtype()
+        if self._local:
+            return self._local.dtype
+        owners = [_local(share.owner) for share in self._shares]
+        return _ops.promoted_dtype(owners) if owners else torch.get_default_dtype()
 
     def total_norm(self, norm_type: float) -> Tensor:
         like = self.tensors[0] if self.tensors else None
         if like is None:
             like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
-        return reduced_norm(self._routed(), norm_type, self._groups, like)
+        return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, like)
 
     def norms(self, norm_type: float) -> Tensor:
         """Each over all ranks that share the tensor: one vector for each route, reduced before the root."""
@@ -97,15 +101,24 @@ class Sharded(Gradients):
 
     def _places(self, i: int) -> list[int]:
         found: dict[int, list[int]] = {}
-        for k, tensor in enumerate(self.tensors):
-            if self._share_of[k] == i:
+        shares = (share for share, members in self._members for member in members for _ in member.tensors)
+        for k, (share, tensor) in enumerate(zip(shares, self.tensors, strict=True)):
+            if share == i:
                 found.setdefault(id(tensor), []).append(k)
         slots = [grad if grad is None else _local(grad) for grad in self._shares[i].slots]
         return [found[id(grad)].pop(0) if id(grad) in found else -1 for grad in slots]
 
-    def scale_(self, clip_coef: Tensor) -> None:
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         if self._local:
-            self._local.scale_(clip_coef)
+            self._local.scale_(clip_coef, zero)
+
+    def sanitize_(self) -> None:
+        if any(_is_partial(share) for share in self._shares):
+            raise RuntimeError(
+                "nonfinite: a gradient with Partial placements has no values yet to sanitize; redistribute it first"
+            )
+        if self._local:
+            self._local.sanitize_()
 
     def scale_each_(self, coefs: Tensor) -> None:
         if self._local:
@@ -130,7 +143,7 @@ class Sharded(Gradients):
     def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
         """As a DTensor where torch returns one: where all gradients are DTensors on one mesh."""
         total_norm = total_norm.to(norm_dtype or self.dtype)
-        with_grads = {section[5] for section in self._sections} or range(len(self._shares))
+        with_grads = {section.share for section in self._sections} or range(len(self._shares))
         meshes = {self._shares[i].mesh if i >= 0 else None for i in with_grads}
         if len(meshes) != 1 or None in meshes:
             return total_norm
@@ -139,7 +152,7 @@ class Sharded(Gradients):
         (mesh,) = meshes
         return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
-    def _routed(self) -> list[Routed]:
+    def _routed(self, with_slots: bool) -> list[Routed]:
         """The lists by route. A gradient with Partial placements is reduced here first, in a collective."""
         found: dict[object, Routed] = {}
         for i, share in enumerate(self._shares):
@@ -153,7 +166,8 @@ class Sharded(Gradients):
             if key not in found:
                 found[key] = Routed(distributed.route(*key), [], [])
             found[key].members.extend(members)
-            found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
+            if with_slots:
+                found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
 

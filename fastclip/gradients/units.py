@@ -65,7 +65,8 @@ def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]], writes: bool) 
     if reading.is_watched() or _ops.units is None:
         return None
     kept = [_all_but(tensor.dim(), reduced) for tensor, reduced in zip(tensors, dims, strict=True)]
-    found = _ops.units(tensors, kept, writes and not torch.is_inference_mode_enabled())
+    with torch._C.DisableTorchFunction():  # under a DeviceContext each look at a tensor would go through Python
+        found = _ops.units(tensors, kept, writes and not torch.is_inference_mode_enabled())
     if found is None:
         return None
     views, count, device = found

@@ -227,7 +227,7 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
 [[maybe_unused]] void check_all_loops() {
   for (const Dtype dtype : kDtypes) {
     // Around one register, one block of lanes and one chunk.
-    for (const int64_t n : {0, 1, 31, 32, 33, 63, 64, 65, 1000, 65535, 65536, 65537}) {
+    for (const int64_t n : {0, 1, 31, 32, 33, 63, 64, 65, 1000, kChunkSize - 1, kChunkSize, kChunkSize + 1}) {
       for (const int64_t misalignment : {1, 0, 3, 7}) {
         check_loops(dtype, n, misalignment, [](int64_t) { return random_value(); });
         if (n > 65) break;  // the loops repeat themselves after one block
@@ -499,7 +499,7 @@ void check_failing_rounds() {
       if (!failed) return;
     }
   };
-  fail_each("scale", [&] { cpu::scale(views, 0.5); });
+  fail_each("scale", [&] { cpu::scale(views, 0.5, false); });
   fail_each("clamp", [&] { cpu::clamp(views, -1, 1); });
 }
 

@@ -1,5 +1,4 @@
 // Kernels whose outcome is known, right and wrong ones; main runs the check that its argument names.
-#include <chrono>
 #include <cstdio>
 
 #include "cuda_runtime.h"
@@ -187,35 +186,13 @@ void errors() {
   check(std::strcmp(cudaGetErrorString(cudaErrorInvalidValue), "invalid argument") == 0, "text");
 }
 
-__global__ void barriers_kernel(int* out) {
-  __shared__ int counts[kThreads];
-  counts[threadIdx.x] = 0;
-  for (int i = 0; i < 5; ++i) {
-    __syncthreads();
-    const int next = counts[(threadIdx.x + 1) % kThreads];
-    __syncthreads();
-    counts[threadIdx.x] = next + 1;
-  }
-  out[threadIdx.x] = counts[threadIdx.x];
-}
-
-void speed() {
-  std::vector<int> out(kThreads);
-  const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < 1000; ++i) launch(1, kThreads, barriers_kernel, out.data());
-  const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
-  check(out == std::vector<int>(kThreads, 5), "counts");
-  std::printf("%.3f ms for a launch of %d threads with 10 barriers\n", elapsed.count() / 1000, kThreads);
-}
-
 }  // namespace
 
 int main(int, char** arguments) {
   const std::map<std::string, void (*)()> checks{
-      {"reduction", reduction},   {"dropped_barrier", dropped_barrier},
-      {"shuffle", shuffle},       {"divergence", divergence},
-      {"misaligned", misaligned}, {"poison", poison},
-      {"errors", errors},         {"speed", speed},
+      {"reduction", reduction},   {"dropped_barrier", dropped_barrier}, {"shuffle", shuffle},
+      {"divergence", divergence}, {"misaligned", misaligned},           {"poison", poison},
+      {"errors", errors},
   };
   try {
     checks.at(arguments[1])();

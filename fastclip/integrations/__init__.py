@@ -1,0 +1,1 @@
+"""What other libraries are given: a module for each, which imports that library."""
