@@ -300,7 +300,7 @@ Owned units(const Arguments& arguments) {
     PyObject* const bits = PyList_GetItem(arguments[1], i);
     if (tensor == nullptr || bits == nullptr) throw Raised();
     dlpack::Tensor dl;
-    Dtype dtype;
+    Dtype dtype{};
     if (!is_plain(tensor) || dlpack::exchange->from_object(tensor, &dl) != 0 ||
         (versions && Owned(version_of(tensor)) == nullptr)) {
       PyErr_Clear();
