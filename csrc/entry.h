@@ -224,7 +224,7 @@ struct Builtins {
     dlpack::Tensor dl;
     python::check(dlpack::exchange->from_object(row, &dl));
     const int64_t size = static_cast<int64_t>(tensors.views.size());
-    Dtype dtype;
+    Dtype dtype{};
     if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
         !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
       throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +

@@ -348,7 +348,7 @@ Owned units(const Arguments& arguments) {
     const long long kept = PyLong_AsLongLong(checked_borrowed(PyList_GetItem(arguments[1], i)));
     if (kept == -1 && PyErr_Occurred() != nullptr) throw Raised();
     dlpack::Tensor dl;
-    Dtype dtype;
+    Dtype dtype{};
     Device device;
     if (!is_plain(tensor) || (versions && is_inference(tensor)) || !is_strided(tensor, &dl) ||
         !find_device(dl, &device) || !dlpack::to_dtype(dl.dtype, &dtype))
