@@ -442,7 +442,8 @@ def _first_bad(optimizer: Optimizer, parameters: list[Tensor]) -> str:
     for parameter in with_grads:
         grads = gradients.of([parameter], writes=False)
         norms.append(distributed.full(grads.total_norm(math.inf)))
-    finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().tolist() if norms else []  # once, when the error is raised
+    found = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite() if norms else torch.ones(0)
+    finite = found.tolist()  # once, when the error is raised
     bad = next((p for p, good in zip(with_grads, finite, strict=True) if not good), None)
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
