@@ -95,7 +95,7 @@ def clip_on_step(
         >>> handle = fastclip.clip_on_step(optimizer, max_norm=1.0)
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> optimizer.step()
-        >>> weight.data, handle.total_norm.item()
+        >>> weight.data, float(handle.total_norm)
         (tensor([-0.6000, -0.8000]), 5.0)
         >>> handle.remove()
     """
@@ -370,7 +370,7 @@ class StepClip:
     def _defer_to(self, optimizer: Optimizer, grads: Gradients, live: Tensor | None) -> None:
         coef = clip_coef(self.total_norm, self._max_norm)
         on_cpu = coef.device.type == "cpu"
-        if on_cpu and coef.item() == 1.0:
+        if on_cpu and coef.item() == 1.0:  # the host has it already
             return
         if self._defer == "auto" and not on_cpu:
             return grads.clip_by_(Clip(self._max_norm, self._norm_type), self.total_norm)
@@ -396,7 +396,7 @@ class StepClip:
             self._replace(optimizer, "found_inf", found)
             self._raise_after(self._arrived(), optimizer, parameters)
             return False
-        if not bad.item():
+        if not bad.item():  # the one documented wait
             return False
         self._raise_after(int(self._counts[1]) if self._max_skips else 0, optimizer, parameters)
         # A parameter without gradient is not stepped.
@@ -442,7 +442,8 @@ def _first_bad(optimizer: Optimizer, parameters: list[Tensor]) -> str:
     for parameter in with_grads:
         grads = gradients.of([parameter], writes=False)
         norms.append(distributed.full(grads.total_norm(math.inf)))
-    finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().tolist() if norms else []
+    found = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite() if norms else torch.ones(0)
+    finite = found.tolist()  # once, when the error is raised
     bad = next((p for p, good in zip(with_grads, finite, strict=True) if not good), None)
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
