@@ -414,7 +414,7 @@ def _read(tensors: list[Tensor], **options: bool) -> gradients.Gradients:
     """Reads tensors that are meant themselves. What the compiled engines take needs no second look."""
     try:
         read = gradients.of(tensors, gradients=False, **options)
-    except (AttributeError, RuntimeError):
+    except (AttributeError, RuntimeError):  # raised again, unless there is an error that says more
         _check_floating(tensors)
         raise
     if type(read) is not Plain:

@@ -1,4 +1,4 @@
-"""The real packages beside fastclip, where they are installed: pip install fastclip[peers]."""
+"""The real packages beside fastclip, where they are installed: pip install torch-fastclip[peers]."""
 
 from __future__ import annotations
 
