@@ -89,7 +89,7 @@ def test_memory_that_runs_out_is_an_error(name):
 
 def _growth(step) -> int:
     gc.freeze()  # or each collection takes long
-    for turn in range(14):
+    for turn in range(30):
         if turn == 4:
             before = _statm()[1]
         step()
@@ -105,7 +105,7 @@ LEAKS = {
 
 
 def growth(kind: str, at: int) -> int:
-    """Bytes that are still held after 10 steps of 4 MiB of gradients each."""
+    """Bytes that are still held after 26 steps of 4 MiB of gradients each."""
 
     def step():
         tensors = [torch.ones(1 << 19), torch.ones(1 << 19)]
@@ -137,14 +137,14 @@ def growth_over_two_devices(name: str) -> int:
 
 @pytest.mark.parametrize("name", ["norm_partial", "scale_", "clamp_", "clip_grad_norm_"])
 def test_nothing_is_kept_of_a_list_over_two_devices(cpu, name):
-    assert in_a_child(growth_over_two_devices, name, env=UNMAPPED_AT_ONCE) < 16 << 20
+    assert in_a_child(growth_over_two_devices, name, env=UNMAPPED_AT_ONCE) < 40 << 20
 
 
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("kind", LEAKS)
 def test_nothing_is_kept_of_a_list_with_an_odd_gradient(kind, at):
     """The reader gives every tensor back, also those behind one that it refuses."""
-    assert in_a_child(growth, kind, at, env=UNMAPPED_AT_ONCE) < 16 << 20
+    assert in_a_child(growth, kind, at, env=UNMAPPED_AT_ONCE) < 40 << 20
 
 
 def resized():

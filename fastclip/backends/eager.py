@@ -122,11 +122,27 @@ def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
     return torch.linalg.vector_norm(tensor, norm_type, dtype=dtype)
 
 
+def _no_elements(dtype: torch.dtype) -> list[Tensor]:
+    """For the type and the text of the running torch's errors."""
+    return [torch.empty(0, dtype=dtype, device="cpu")]
+
+
+def check_scale(tensors: list[Tensor]) -> None:
+    """Raises torch's errors for what it cannot scale, before anything is written."""
+    for tensor in tensors:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            torch._foreach_mul_(_no_elements(tensor.dtype), torch.tensor(0.5, device="cpu"))
+            raise RuntimeError(f"expected gradients of a floating-point or complex dtype, got {tensor.dtype}")
+
+
 def check_clamp(tensors: list[Tensor], min: float, max: float) -> None:
     """Raises torch's errors for what it cannot clamp, before anything is written."""
     for tensor in tensors:
         if tensor.is_complex():
             raise NotImplementedError(f"clip_value: clamp is not supported for complex gradients, got {tensor.dtype}")
+        if not tensor.is_floating_point():
+            torch._foreach_clamp_min_(_no_elements(tensor.dtype), min)
+            raise RuntimeError(f"expected gradients of a floating-point dtype, got {tensor.dtype}")
         if tensor.layout not in (torch.strided, torch.sparse_coo):
             tensor.clone().clamp_min_(min).clamp_max_(max)
 

@@ -105,7 +105,10 @@ class Gradients:
         """``x = min(max(x, low), high)``, after :meth:`check_clamp`."""
         raise NotImplementedError
 
-    # What cannot be clamped raises here, before anything of the call is written.
+    # What cannot be scaled, or clamped, raises here, before anything of the call is written.
+    def check_scale(self) -> None:
+        pass
+
     def check_clamp(self, low: float, high: float) -> None:
         check_bound({tensor.dtype for tensor in self.tensors}, low, high)
 

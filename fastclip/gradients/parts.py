@@ -35,13 +35,20 @@ class Part(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return self.backend.tensor_norms(self.tensors, norm_type)
 
+    def check_scale(self) -> None:
+        if self.backend is eager:
+            eager.check_scale(self.tensors)
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self.check_scale()
         self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device), zero=zero)
 
     def sanitize_(self) -> None:
+        self.check_scale()
         self.backend.sanitize_(self.tensors)
 
     def scale_each_(self, coefs: Tensor) -> None:
+        self.check_scale()
         device = self.tensors[0].device
         self.backend.scale_each_(self.tensors, coefs.to(device, wide_dtype(device)).contiguous())
 
@@ -91,15 +98,22 @@ class Parts(Gradients):
         home = self.tensors[0].device
         return torch.cat([member.norms(norm_type).to(home, wide_dtype(home)) for member in self.members])
 
+    def check_scale(self) -> None:
+        for member in self.members:
+            member.check_scale()
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        self.check_scale()
         for member in self.members:
             member.scale_(clip_coef, zero)
 
     def sanitize_(self) -> None:
+        self.check_scale()
         for member in self.members:
             member.sanitize_()
 
     def scale_each_(self, coefs: Tensor) -> None:
+        self.check_scale()
         parts = coefs.split([len(member.tensors) for member in self.members])
         for member, part in zip(self.members, parts, strict=True):
             member.scale_each_(part)
@@ -208,10 +222,6 @@ def _check_memory(tensor: Tensor) -> None:
 def _check_writable(tensor: Tensor) -> None:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        # On no elements, for the type and the text of the running torch.
-        torch._foreach_mul_([torch.empty(0, dtype=tensor.dtype, device="cpu")], torch.tensor(0.5, device="cpu"))
-        raise RuntimeError(f"expected gradients of a floating-point or complex dtype, got {tensor.dtype}")
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return
     if tensor._is_zerotensor():
