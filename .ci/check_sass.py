@@ -40,7 +40,9 @@ KERNELS = {
     "norm_kernel<(NormPass)3": Bounds(256, 4),  # powers: log2 and exp2 take longer than loads of single elements
     "norm_kernel<(NormPass)4": Bounds(256, 4, batches=4),  # powers in a unit, which is an extreme
     "finish_kernel": Bounds(1024, 1),
+    "finish_each_kernel": Bounds(256, 1),
     "scale_kernel<": Bounds(256, 4, batches=4, stores=4),
+    "scale_each_kernel<": Bounds(256, 4, batches=4, stores=4),
     "clamp_kernel<": Bounds(256, 4, batches=4, stores=4),
     "sanitize_kernel<": Bounds(256, 4, batches=4, stores=4),
     "strided_norm_kernel": Bounds(256, 1),

@@ -135,21 +135,28 @@ struct Read {
   Tensors tensors;
   Owned list;  // the tensors themselves
   const long* counter;
-  long collections;  // what it counted
+  long collections;            // what it counted
+  std::vector<size_t> counts;  // of the views of each tensor; none where each has one
 };
 constexpr const char* kReadName = "fastclip.Read";
 
 // Throws std::runtime_error where a tensor no longer has the memory that was read.
 inline void check_addresses(const Read& read) {
   const WithoutCollection guard;
-  for (size_t i = 0; i < read.tensors.views.size(); ++i) {
+  const std::vector<TensorView>& views = read.tensors.views;
+  const size_t size = read.counts.empty() ? views.size() : read.counts.size();
+  for (size_t i = 0, next = 0; i < size; ++i) {
     PyObject* const tensor = PyList_GetItem(read.list.get(), static_cast<intptr_t>(i));
     dlpack::Tensor dl;
     if (tensor == nullptr || dlpack::exchange->from_object(tensor, &dl) != 0) throw Raised();
-    const TensorView& view = read.tensors.views[i];
+    const size_t count = read.counts.empty() ? 1 : read.counts[i];
+    if (count == 0) continue;  // nothing of it is read or written
+    // The views of one tensor are of one size, and begin with it.
+    const TensorView& first = views[next];
+    next += count;
     int64_t numel = 1;
     for (int32_t d = 0; d < dl.ndim; ++d) numel *= dl.shape[d];
-    if (dl.data() != view.data || numel != view.numel)
+    if (dl.data() != first.data || numel != static_cast<int64_t>(count) * first.numel)
       throw std::runtime_error("fastclip: a finalizer gave gradient " + std::to_string(i) +
                                " other memory while it was clipped");
   }

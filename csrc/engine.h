@@ -13,9 +13,13 @@ struct Engine {
   void (*norm_partial)(const Tensors&, double norm_type, Number partial);
   // *norm = the norm over all elements of all tensors, 0 where there are none.
   void (*total_norm)(const Tensors&, double norm_type, Number norm);
+  // norms[i] = total_norm of tensor i alone; float64.
+  void (*norms)(const Tensors&, double norm_type, double* norms);
   // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
   // zeros also of inf and NaN.
   void (*scale)(const Tensors&, Number coef, bool zero);
+  // x *= coefs[i], float64, for tensor i.
+  void (*scale_each)(const Tensors&, const double* coefs);
   // x = 0 where x is not finite; writes only what changes.
   void (*sanitize)(const Tensors&);
   // x *= clip_coef(*norm, max_norm).

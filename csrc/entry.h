@@ -40,6 +40,24 @@ struct Ops {
     leave(stack, std::move(partial));
   }
 
+  // tensor_norms(Tensor[] tensors, float norm_type) -> Tensor
+  static void tensor_norms(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    OwnedTensor norms = new_tensor(size, Dtype::kFloat64, list.tensors().device);
+    kEngine.norms(list.tensors(), from_stack<double>(stack[1]), static_cast<double*>(data_of(norms)));
+    leave(stack, std::move(norms));
+  }
+
+  // scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()
+  static void scale_each_(StableIValue* stack, uint64_t, uint64_t) {
+    const OwnedTensor coefs = to_tensor(stack[1]);
+    const TensorList list(stack[0]);
+    list.check_writable();
+    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    kEngine.scale_each(list.tensors(), view_numbers(coefs, size, list.tensors().device, "coefs"));
+  }
+
   // scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()
   static void scale_(StableIValue* stack, uint64_t, uint64_t) {
     const OwnedTensor coef = to_tensor(stack[1]);
@@ -91,7 +109,9 @@ struct Ops {
     TorchLibraryHandle library = nullptr;
     if (aoti_torch_library_init_impl(ns, key, __FILE__, __LINE__, &library) != 0 ||
         torch_library_impl(library, "norm_partial", norm_partial, kTorchAbi) != 0 ||
+        torch_library_impl(library, "tensor_norms", tensor_norms, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
+        torch_library_impl(library, "scale_each_", scale_each_, kTorchAbi) != 0 ||
         torch_library_impl(library, "sanitize_", sanitize_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clamp_", clamp_, kTorchAbi) != 0 ||
         torch_library_impl(library, "clip_grad_norm_", clip_grad_norm_, kTorchAbi) != 0)
@@ -115,6 +135,21 @@ struct Builtins {
     const double norm_type = arguments.to_double(1);
     const Number norm = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
+  }
+
+  // norms(tensors, norm_type, norms): norms[i] = the norm of tensor i.
+  static python::Owned norms(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double norm_type = arguments.to_double(1);
+    double* const norms = numbers_of(arguments[2], tensors);
+    return run(tensors, [&] { kEngine.norms(tensors, norm_type, norms); });
+  }
+
+  // scale_each_(tensors, coefs)
+  static python::Owned scale_each_(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const double* const coefs = numbers_of(arguments[1], tensors);
+    return run(tensors, [&] { kEngine.scale_each(tensors, coefs); });
   }
 
   // scale_(tensors, clip_coef, zero)
@@ -162,7 +197,9 @@ struct Builtins {
     static PyMethodDef methods[] = {
         python::method<norm_partial>("norm_partial"),
         python::method<total_norm>("total_norm"),
+        python::method<norms>("norms"),
         python::method<scale_>("scale_"),
+        python::method<scale_each_>("scale_each_"),
         python::method<sanitize_>("sanitize_"),
         python::method<clip_with_norm_>("clip_with_norm_"),
         python::method<clamp_>("clamp_"),
@@ -180,6 +217,19 @@ struct Builtins {
     if (dl.ndim != 0 || number.data == nullptr || !dlpack::to_dtype(dl.dtype, &number.dtype))
       throw std::runtime_error("fastclip: expected a 0-dim floating-point tensor that has memory");
     return number;
+  }
+
+  // A float64 number for each tensor, in a row, in the memory of the engine's device.
+  static double* numbers_of(PyObject* row, const Tensors& tensors) {
+    dlpack::Tensor dl;
+    python::check(dlpack::exchange->from_object(row, &dl));
+    const int64_t size = static_cast<int64_t>(tensors.views.size());
+    Dtype dtype{};
+    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
+        !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
+      throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
+                               " elements");
+    return static_cast<double*>(dl.data());
   }
 
   // Taking the GIL back from a busy thread costs more than to pass over this many bytes.

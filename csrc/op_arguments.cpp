@@ -117,6 +117,26 @@ Number view_number(const OwnedTensor& tensor, Device device, const char* argumen
   return {data, static_cast<Dtype>(dtype)};
 }
 
+const double* view_numbers(const OwnedTensor& tensor, int64_t size, Device device, const char* argument) {
+  int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+  int32_t code = 0;
+  FASTCLIP_CALL(aoti_torch_get_dim, tensor.get(), &dim);
+  FASTCLIP_CALL(aoti_torch_get_sizes, tensor.get(), &sizes);
+  FASTCLIP_CALL(aoti_torch_get_strides, tensor.get(), &strides);
+  FASTCLIP_CALL(aoti_torch_get_dtype, tensor.get(), &code);
+  const Device found = device_of(tensor);
+  const bool is_row = dim == 1 && sizes[0] == size && (size <= 1 || strides[0] == 1);
+  void* const data = data_of(tensor);
+  if (!is_row || find_dtype(code) != static_cast<int>(Dtype::kFloat64) || (size > 0 && data == nullptr) ||
+      !same(found, device))
+    throw std::runtime_error(std::string("fastclip: ") + argument + ": expected a contiguous float64 tensor of " +
+                             std::to_string(size) + " elements on " + to_string(device) + ", got one of " +
+                             std::to_string(dim) + " dimensions" +
+                             (dim == 1 ? ", " + std::to_string(sizes[0]) + " elements" : "") + ", dtype code " +
+                             std::to_string(code) + ", on " + to_string(found));
+  return static_cast<const double*>(data);
+}
+
 Dtype to_dtype(StableIValue code) {
   const int dtype = find_dtype(from_stack<int32_t>(code));
   if (dtype < 0)

@@ -28,6 +28,9 @@ void* data_of(const OwnedTensor& tensor);
 // The number of a 0-dim floating-point tensor. Throws std::runtime_error, naming the argument, where the tensor is
 // none, or not on the device.
 Number view_number(const OwnedTensor& tensor, Device device, const char* argument);
+// The memory of a contiguous float64 tensor of one dimension and `size` elements. Throws std::runtime_error, naming the
+// argument, where the tensor is none, or not on the device.
+const double* view_numbers(const OwnedTensor& tensor, int64_t size, Device device, const char* argument);
 // Reads the code of a dtype argument. Throws std::runtime_error for a dtype that has no kernel.
 Dtype to_dtype(StableIValue code);
 

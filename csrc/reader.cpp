@@ -72,6 +72,40 @@ struct Request {
 
 bool is_plain(const PyObject* object) { return object->type == names.tensor || object->type == names.parameter; }
 
+PyObject* checked_borrowed(PyObject* object) {
+  if (object == nullptr) throw Raised();
+  return object;
+}
+
+// Whether an attribute is there: the error of one that is not is cleared, every other is raised.
+bool has(PyObject* attribute, PyObject* error) {
+  if (Owned(attribute) != nullptr) return true;
+  if (PyErr_ExceptionMatches(error) == 0) throw Raised();
+  PyErr_Clear();
+  return false;
+}
+
+// An inference tensor has no version.
+bool is_inference(PyObject* tensor) { return !has(version_of(tensor), PyExc_RuntimeError); }
+
+// Whether DLPack can describe a tensor.
+bool is_strided(PyObject* tensor, dlpack::Tensor* dl) {
+  if (dlpack::exchange->from_object(tensor, dl) == 0) return true;
+  if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw Raised();
+  PyErr_Clear();
+  return false;
+}
+
+// Where the compiled engines reach a tensor: the CPU has index -1.
+bool find_device(const dlpack::Tensor& dl, Device* device) {
+  const bool on_cpu = dl.device.type == dlpack::kCpu || dl.device.type == dlpack::kCudaHost;
+  *device = on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl.device.id};
+  return on_cpu || dl.device.type == dlpack::kCuda;
+}
+
+void set(const Owned& tuple, intptr_t i, Owned value) { check(PyTuple_SetItem(tuple.get(), i, value.release())); }
+Owned to_long(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
+
 class Reader {
  public:
   explicit Reader(const Request& request) : request_(request) {}
@@ -125,27 +159,14 @@ class Reader {
   }
 
   void add(Owned tensor, int32_t share) {
-    // An inference tensor has no version.
-    const bool is_inference = request_.versions && !has(version_of(tensor.get()), PyExc_RuntimeError);
-    items_.push_back({std::move(tensor), share, is_inference});
-  }
-
-  // Whether an attribute is there: the error of one that is not is cleared, every other is raised.
-  static bool has(PyObject* attribute, PyObject* error) {
-    if (Owned(attribute) != nullptr) return true;
-    if (PyErr_ExceptionMatches(error) == 0) throw Raised();
-    PyErr_Clear();
-    return false;
+    const bool is_refused = request_.versions && is_inference(tensor.get());
+    items_.push_back({std::move(tensor), share, is_refused});
   }
 
   Owned gradient_of(PyObject* parameter) const {
     return checked(is_plain(parameter) || parameter->type == request_.dtensor
                        ? grad_of(parameter)
                        : PyObject_GetAttr(parameter, names.grad));
-  }
-  static PyObject* checked_borrowed(PyObject* object) {
-    if (object == nullptr) throw Raised();
-    return object;
   }
   static bool is_true(PyObject* object) {
     const int truth = PyObject_IsTrue(checked_borrowed(object));
@@ -208,14 +229,8 @@ class Reader {
   // DLPack does not show the negative bit, under which memory holds -x: norms, scaling and symmetric bounds do not
   // mind.
   Reason view_of(PyObject* tensor, dlpack::Tensor* dl, TensorView* view, Device* device) const {
-    if (dlpack::exchange->from_object(tensor, dl) != 0) {
-      if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw Raised();
-      PyErr_Clear();
-      return Reason::kLayout;
-    }
-    const bool on_cpu = dl->device.type == dlpack::kCpu || dl->device.type == dlpack::kCudaHost;
-    if (!(on_cpu ? request_.cpu : dl->device.type == dlpack::kCuda && request_.cuda)) return Reason::kDevice;
-    *device = on_cpu ? Device{aoti_torch_device_type_cpu(), -1} : Device{aoti_torch_device_type_cuda(), dl->device.id};
+    if (!is_strided(tensor, dl)) return Reason::kLayout;
+    if (!find_device(*dl, device) || !(device->index < 0 ? request_.cpu : request_.cuda)) return Reason::kDevice;
     Dtype dtype;
     if (!dlpack::to_dtype(dl->dtype, &dtype)) return Reason::kDtype;
     *view = make_view(dl->data(), dtype, dl->ndim, dl->shape, dl->strides);
@@ -242,11 +257,6 @@ class Reader {
     return sections_.back();
   }
 
-  static void set(const Owned& tuple, intptr_t i, Owned value) {
-    check(PyTuple_SetItem(tuple.get(), i, value.release()));
-  }
-  static Owned to_long(int64_t value) { return checked(PyLong_FromLong(static_cast<long>(value))); }
-
   Owned result() {
     const Owned sections = checked(PyList_New(0)), shares = checked(PyList_New(0));
     for (Section& section : sections_) {
@@ -259,7 +269,7 @@ class Reader {
       set(tuple, 1, python::retain(section.list.get()));
       set(tuple, 0,
           taken ? to_python(std::unique_ptr<Read>(
-                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections}))
+                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections, {}}))
                 : python::retain(none()));
       check(PyList_Append(sections.get(), tuple.get()));
     }
@@ -292,6 +302,72 @@ Owned read(const Arguments& arguments) {
   return Reader(request).read(arguments[0]);
 }
 
+// Adds a view for every index into the dimensions of `kept`, bit d for dimension d, in the order of those indices.
+// False where the elements of one are not a run of memory, which the engines would read element by element, or units
+// may share memory.
+bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* units) {
+  if (may_overlap_itself(make_view(dl.data(), dtype, dl.ndim, dl.shape, dl.strides))) return false;
+  std::vector<int64_t> sizes, strides;
+  std::vector<Dim> outer;
+  int64_t count = 1;
+  for (int32_t d = 0; d < dl.ndim; ++d) {
+    if (kept >> d & 1) {
+      outer.push_back({dl.shape[d], dl.strides[d]});
+      count *= dl.shape[d];
+    } else {
+      sizes.push_back(dl.shape[d]);
+      strides.push_back(dl.strides[d]);
+    }
+  }
+  char* const data = static_cast<char*>(dl.data());
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  const TensorView first = make_view(data, dtype, dim, sizes.data(), strides.data());
+  if (count > 0 && (first.dims != nullptr || lacks_memory(first))) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t offset = 0, index = i;
+    for (size_t d = outer.size(); d-- > 0; index /= outer[d].size) offset += index % outer[d].size * outer[d].stride;
+    units->add({data + offset * element_size(dtype), first.numel, nullptr, dtype});
+  }
+  return true;
+}
+
+// units(list, kept, versions) -> (views, their number, index of the GPU or -1), or None where they are not all strided
+// tensors of one device whose units are runs of memory, or with `versions` one has none: kept[i] says by its bits which
+// dimensions of tensor i number its units.
+Owned units(const Arguments& arguments) {
+  const intptr_t size = PyList_Size(arguments[0]);
+  check(size < 0 ? -1 : 0);
+  const bool versions = arguments.to_bool(2);
+  auto read = std::make_unique<Read>(Read{{}, python::retain(arguments[0]), &collections, collections, {}});
+  Tensors& tensors = read->tensors;
+  read->counts.reserve(static_cast<size_t>(size));
+  // As in Reader, no Python code runs while addresses are taken.
+  const WithoutCollection guard;
+  for (intptr_t i = 0; i < size; ++i) {
+    PyObject* const tensor = checked_borrowed(PyList_GetItem(arguments[0], i));
+    const long long kept = PyLong_AsLongLong(checked_borrowed(PyList_GetItem(arguments[1], i)));
+    if (kept == -1 && PyErr_Occurred() != nullptr) throw Raised();
+    dlpack::Tensor dl;
+    Dtype dtype{};
+    Device device;
+    if (!is_plain(tensor) || (versions && is_inference(tensor)) || !is_strided(tensor, &dl) ||
+        !find_device(dl, &device) || !dlpack::to_dtype(dl.dtype, &dtype))
+      return python::retain(none());
+    if (i == 0) tensors.device = device;
+    const size_t before = tensors.views.size();
+    if (device.type != tensors.device.type || device.index != tensors.device.index ||
+        !add_units(dl, dtype, static_cast<uint64_t>(kept), &tensors))
+      return python::retain(none());
+    read->counts.push_back(tensors.views.size() - before);
+  }
+  const int64_t count = static_cast<int64_t>(tensors.views.size()), index = tensors.device.index;
+  Owned found = checked(PyTuple_New(3));
+  set(found, 0, to_python(std::move(read)));
+  set(found, 1, to_long(count));
+  set(found, 2, to_long(index));
+  return found;
+}
+
 // For gc.callbacks: count_collection(phase, info).
 Owned count_collection(const Arguments&) {
   ++collections;
@@ -304,7 +380,7 @@ Owned count_collection(const Arguments&) {
 
 using namespace fastclip;
 
-// With the GIL. The reader for a torch that has these types: {"read": builtin}, or null and an error.
+// With the GIL. The reader's builtins, read and units, for a torch that has these types; or null and an error.
 FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObject* tensor, PyObject* parameter,
                                                     const dlpack::Exchange* exchange) {
   dlpack::exchange = exchange;
@@ -314,7 +390,7 @@ FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObj
                      intern("_spec"), intern("mesh"), intern("placements"), intern("trigger_wait")};
     reader::grad_of = reader::find_property(tensor_base, "grad");
     reader::version_of = reader::find_property(tensor_base, "_version");
-    static PyMethodDef methods[] = {python::method<reader::read>("read"),
+    static PyMethodDef methods[] = {python::method<reader::read>("read"), python::method<reader::units>("units"),
                                     python::method<reader::count_collection>("count_collection")};
     return python::functions(methods);
   });

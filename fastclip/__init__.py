@@ -11,13 +11,16 @@ if "fastclip._ops" not in sys.modules and hasattr(torch.ops.fastclip, "norm_part
         "there, because torch's ops cannot be registered a second time"
     )
 
+from . import functional
 from ._dispatch import backends, use_backend
 from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm, why
+from .functional import adaptive_clip_grad_, get_tensor_norms
 from .optimizers import clip_on_step, clip_optimizer, clippable
 from .patch import patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "adaptive_clip_grad_",
     "backends",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -25,6 +28,8 @@ __all__ = [
     "clip_on_step",
     "clip_optimizer",
     "clippable",
+    "functional",
+    "get_tensor_norms",
     "get_total_norm",
     "patch",
     "unpatch",
@@ -34,6 +39,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("amp", "integrations"):
+    if name in ("amp", "integrations", "policy"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,9 @@ from . import _install
 
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
+    "scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite=0, Tensor(b!)? found_inf=None, "
@@ -46,11 +48,20 @@ def _fake_norm_partial(tensors, norm_type):
     return tensors[0].new_empty((), dtype=torch.float64)
 
 
+def _fake_tensor_norms(tensors, norm_type):
+    _check_one_device(tensors)
+    return tensors[0].new_empty((len(tensors),), dtype=torch.float64)
+
+
 def _fake_scale_(tensors, clip_coef, *, zero=False):
     _check_one_device(tensors)
 
 
 def _fake_sanitize_(tensors):
+    _check_one_device(tensors)
+
+
+def _fake_scale_each_(tensors, coefs):
     _check_one_device(tensors)
 
 
@@ -114,7 +125,9 @@ def define(namespace: str) -> torch.library.Library:
 
 library = define("fastclip")
 norm_partial = torch.ops.fastclip.norm_partial.default
+tensor_norms = torch.ops.fastclip.tensor_norms.default
 scale_ = torch.ops.fastclip.scale_.default
+scale_each_ = torch.ops.fastclip.scale_each_.default
 sanitize_ = torch.ops.fastclip.sanitize_.default
 clamp_ = torch.ops.fastclip.clamp_.default
 clip_grad_norm_ = torch.ops.fastclip.clip_grad_norm_.default
@@ -214,6 +227,8 @@ if _reader:
     gc.callbacks.append(_reader.count_collection)
 # read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
 read = _reader and _reader.read
+# units(list, kept, versions) -> (views, count, device) or None, in the same file.
+units = _reader and _reader.units
 
 
 def cpu_isa() -> str | None:

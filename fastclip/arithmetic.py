@@ -8,6 +8,7 @@ other order it is the norm itself, because ``|x|^p`` may leave float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The accumulator's dtype: float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def indices(places: Sequence[int], device: torch.device) -> Tensor:
+    """Places as a tensor; the host does not wait for the device that it goes to."""
+    return torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def is_power(norm_type: float) -> bool:

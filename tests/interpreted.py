@@ -19,6 +19,7 @@ import fastclip
 import reference
 from cases import CASES, parameters, random
 from fastclip.backends import triton_
+from fastclip.gradients import of as gradients_of
 from test_norms import check_high_orders
 from test_ops import gradients, step
 
@@ -201,7 +202,9 @@ def ops() -> int:
     prepare()
     tensors = [torch.randn(5), torch.randn(4, 3).t(), torch.randn(7, dtype=torch.bfloat16)]
     half = torch.tensor(0.5, dtype=torch.float64)
+    thirds = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
     arguments = {"norm_partial": (2.0,), "scale_": (half,), "clamp_": (-0.1, 0.1), "clip_grad_norm_": (0.1, 2.0)}
+    arguments |= {"tensor_norms": (2.0,), "scale_each_": (thirds,)}
     done = 0
     for name, rest in arguments.items():
         checked = torch.library.opcheck(getattr(torch.ops.fastclip_triton, name).default, (tensors, *rest))
@@ -223,6 +226,36 @@ def ops() -> int:
         assert torch.equal(strided, torch.ones(4))
         assert [t._version for t in tensors] == [v + 1 for v in versions]
         assert fastclip.why(parameters(tensors))[0].backend == "triton"
+    return done
+
+
+def each() -> int:
+    """A norm and a coefficient for each tensor: over dtypes, empty ones, several chunks, duplicates and overlaps."""
+    prepare()
+    generator, done = torch.Generator().manual_seed(3), 0
+
+    def make():
+        generator.manual_seed(3)
+        base = random(generator, torch.float32, 300)
+        tensors = [random(generator, dtype, n) for n in (1, 37, triton_.CHUNK + 5) for dtype in reference.FLOATS]
+        return [*tensors, torch.zeros(0), base[:200], base[150:], torch.zeros(3), base[:200], torch.empty(0)]
+
+    tensors = make()
+    for norm_type in (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0, 30.0, -1.0):
+        with fastclip.use_backend("triton"):
+            norms = gradients_of(tensors, gradients=False, writes=False).norms(norm_type)
+        for tensor, norm in zip(tensors, norms, strict=True):
+            with reference.during(norm_type, tensor.dtype, len(tensor)):
+                reference.assert_norm(norm, reference.total_norm([tensor], norm_type), torch.float64)
+            done += 1
+    coefs = torch.linspace(0.25, 1, len(tensors), dtype=torch.float64)
+    coefs[1], coefs[2] = 1.0, 1e-40
+    expected = make()
+    for tensor, coef in zip(expected, coefs, strict=True):
+        reference.scale_rounded_([tensor], coef.item())
+    with fastclip.use_backend("triton"):
+        gradients_of(tensors, gradients=False).scale_each_(coefs)
+    reference.assert_bits(tensors, expected)
     return done
 
 

@@ -122,6 +122,46 @@ def _every_tensor(mesh, placements):
 
 
 @check(CHECKS)
+def a_norm_and_a_coefficient_for_each():
+    """Over uneven, empty, partial and replicated shards beside plain tensors, in the order of the list."""
+    fulls = [*full_tensors(), *full_tensors(((4, 4), (3,)), seed=2)]
+    mesh = mesh_1d()
+    placements = ([Shard(0)], [Shard(0)], [Shard(0)], [Replicate()], [Partial("sum")])
+
+    def make():
+        return [sharded(f, mesh, p) for f, p in zip(fulls, placements, strict=False)] + [fulls[-1].clone()]
+
+    for norm_type in (*NORM_TYPES, -math.inf, 0.0):
+        norms = fastclip.get_tensor_norms(make(), norm_type, norm_dtype=torch.float64)
+        for norm, full in zip(norms, fulls, strict=True):
+            with during(norm_type, full.shape):
+                reference.assert_norm(norm, reference.total_norm([full], norm_type), torch.float64)
+    tensors = make()
+    norms = fastclip.functional.clip_by_norm_(tensors, 1.5)
+    assert_same_on_all_ranks(tuple(norms.tolist()))
+    for got, full, norm in zip(tensors, fulls, norms.tolist(), strict=True):
+        torch.testing.assert_close(plain(got), full * min(1.5 / norm, 1))
+
+
+@check(CHECKS)
+def a_policy_acts_alike_on_all_ranks():
+    """By a norm that shards add up to, and by a loss that one rank alone sees rise."""
+    mesh, (full,) = mesh_1d(), full_tensors(((5, 3),))
+    policies = [fastclip.policy.AdaGC(warmup_steps=2), fastclip.policy.ZClip(warmup_steps=2)]
+    for policy in policies:
+        for scale in (1.0, 1.2, 50.0):
+            made = parameter(sharded(full * scale, mesh, [Shard(0)]))
+            policy.clip_([made])
+            assert_same_on_all_ranks(float(plain(made.grad).norm()))
+        assert plain(made.grad).norm() < 3 * full.norm()
+    skipping = fastclip.policy.SkipOnSpike(window=8, min_history=2)
+    for i in range(5):
+        rises = i == 4 and dist.get_rank() == 1
+        skipping.clip_([parameter(full.clone())], loss=100.0 if rises else 1.0 + 0.01 * i)
+        assert skipping.skip.item() == (i == 4), i
+
+
+@check(CHECKS)
 def shard_rows():
     """Uneven and empty shards among them."""
     _every_tensor(mesh_1d(), [Shard(0)])

@@ -12,17 +12,29 @@ import fastclip
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["_dispatch", "adapters", "amp", "clip", "optimizers", "patch"])
+@pytest.mark.parametrize(
+    "name", ["_dispatch", "adapters", "amp", "clip", "functional", "optimizers", "patch", "policy"]
+)
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(f"fastclip.{name}"))
     assert result.attempted > 0
     assert result.failed == 0
 
 
+def test_examples_of_the_vocabulary_run():
+    path = ROOT / "docs" / "vocabulary.md"
+    if not path.exists():
+        pytest.skip("an installed package has no docs")
+    result = doctest.testfile(str(path), module_relative=False)
+    assert result.attempted > 20
+    assert result.failed == 0
+
+
 def test_every_public_function_has_an_example():
-    for name in fastclip.__all__:
-        doc = getattr(fastclip, name).__doc__
-        assert ">>> " in doc, name
+    public = [getattr(fastclip, name) for name in fastclip.__all__ if name != "functional"]
+    public += [getattr(module, name) for module in (fastclip.functional, fastclip.policy) for name in module.__all__]
+    for each in public:
+        assert ">>> " in each.__doc__, each
 
 
 def documents():

@@ -16,7 +16,9 @@ from cases import grid, parameters
 OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_norms": "fastclip::tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
     "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
+    "scale_each_": "fastclip::scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "sanitize_": "fastclip::sanitize_(Tensor(a!)[] tensors) -> ()",
     "clamp_": "fastclip::clamp_(Tensor(a!)[] tensors, float min, float max) -> ()",
     "clip_grad_norm_": (
@@ -35,11 +37,13 @@ def lists() -> dict[str, list[torch.Tensor]]:
     }
 
 
-def arguments(name: str) -> list[tuple[tuple, dict]]:
-    """Return what follows the tensor list."""
+def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
+    """Return what follows a list of so many tensors."""
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "tensor_norms": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
         "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {}), ((torch.tensor(0.0),), {"zero": True})],
+        "scale_each_": [((torch.linspace(0.25, 1, count, dtype=torch.float64),), {})],
         "sanitize_": [((), {})],
         "clamp_": [((-0.1, 0.1), {})],
         "clip_grad_norm_": [
@@ -61,7 +65,7 @@ def test_schema(name):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(cpu, name, kind):
     """Schema and aliasing, autograd registration, fake kernel, AOT dispatch with fixed and dynamic shapes."""
-    for rest, options in arguments(name):
+    for rest, options in arguments(name, len(lists()[kind])):
         checked = torch.library.opcheck(getattr(OPS, name).default, (lists()[kind], *rest), options)
         assert set(checked.values()) == {"SUCCESS"}
 
@@ -69,7 +73,7 @@ def test_opcheck(cpu, name, kind):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_fake_matches_the_kernel(cpu, name):
     for tensors in lists().values():
-        for rest, options in arguments(name):
+        for rest, options in arguments(name, len(tensors)):
             real = getattr(OPS, name)([t.detach().clone() for t in tensors], *rest, **options)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = getattr(OPS, name)([mode.from_tensor(t.detach()) for t in tensors], *rest, **options)
@@ -139,7 +143,7 @@ def test_version_counters(backend, max_norm, foreach):
     assert all(v + 3 <= g._version <= v + 4 for g, v in zip(grads, versions, strict=True))
 
 
-@pytest.mark.parametrize("name", ["scale_", "sanitize_", "clamp_", "clip_grad_norm_"])
+@pytest.mark.parametrize("name", ["scale_", "scale_each_", "sanitize_", "clamp_", "clip_grad_norm_"])
 def test_direct_calls_bump_versions(cpu, name):
     for rest, options in arguments(name):
         tensors = [torch.randn(3), torch.randn(2, 2)]

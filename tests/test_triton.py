@@ -68,7 +68,12 @@ def test_the_norm_is_rounded_once():
 
 @needs_triton
 def test_ops():
-    assert interpret("ops") == 4
+    assert interpret("ops") == 6
+
+
+@needs_triton
+def test_each_tensor():
+    assert interpret("each") == 8 * 18
 
 
 # The table

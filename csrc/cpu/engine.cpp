@@ -51,10 +51,12 @@ constexpr Engine kEngine = {
       const DefaultFloatMode mode;
       store(norm, total_norm(tensors.views, norm_type));
     },
+    [](const Tensors& tensors, double norm_type, double* out) { norms(tensors.views, norm_type, out); },
     [](const Tensors& tensors, Number coef, bool zero) {
       const DefaultFloatMode mode;
       scale(tensors.views, load(coef), zero);
     },
+    [](const Tensors& tensors, const double* coefs) { scale_each(tensors.views, coefs); },
     [](const Tensors& tensors) { sanitize(tensors.views); },
     [](const Tensors& tensors, double max_norm, Number norm) {
       const DefaultFloatMode mode;

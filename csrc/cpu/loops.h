@@ -7,10 +7,20 @@
 
 namespace fastclip::cpu {
 
+// The partial of some elements. A sum comes with what was rounded away from it: of float64 numbers in every addition,
+// of all others, whose sums are exact or nearly so in float64, where partials are combined.
+struct Partial {
+  double value;
+  double error = 0.0;
+
+  // Rounded once. What is not finite has no error.
+  double rounded() const { return value - value == 0.0 ? value + error : value; }
+};
+
 struct Loops {
   const char* isa;
   // Partial of n elements: sum |x|^2, sum |x|, max |x|, min |x|, or 1 if any is non-zero. kPow is norm_pow below.
-  double (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
+  Partial (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
   // x *= coef, with coef rounded to the opmath type of the dtype. Coefficients below float32 are for scale_wide below.
   void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
   // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.

@@ -21,14 +21,10 @@ struct Avx2 {
   }
   static void store(double* lanes, __m256d x) { _mm256_storeu_pd(lanes, x); }
   static __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
-  static __m256d add_abs(__m256d sum, __m256d x) {
-    return _mm256_add_pd(sum, _mm256_andnot_pd(_mm256_set1_pd(-0.0), x));
-  }
-  static __m256d add_square(__m256d sum, __m256d x, const double*) { return _mm256_add_pd(sum, _mm256_mul_pd(x, x)); }
-  template <class T>
-  static __m256d add_square(__m256d sum, __m256d x, const T*) {
-    return _mm256_fmadd_pd(x, x, sum);
-  }
+  static __m256d sub(__m256d a, __m256d b) { return _mm256_sub_pd(a, b); }
+  static __m256d abs(__m256d x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+  static __m256d add_square(__m256d sum, __m256d x) { return _mm256_fmadd_pd(x, x, sum); }
+  static __m256d square_error(__m256d x, __m256d square) { return _mm256_fmsub_pd(x, x, square); }
 
   template <class T>
   static constexpr int width = std::is_same_v<T, double> ? 4 : 8;

@@ -26,12 +26,10 @@ struct Avx512 {
   }
   static void store(double* lanes, __m512d x) { _mm512_storeu_pd(lanes, x); }
   static __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
-  static __m512d add_abs(__m512d sum, __m512d x) { return _mm512_add_pd(sum, _mm512_abs_pd(x)); }
-  static __m512d add_square(__m512d sum, __m512d x, const double*) { return _mm512_add_pd(sum, _mm512_mul_pd(x, x)); }
-  template <class T>
-  static __m512d add_square(__m512d sum, __m512d x, const T*) {
-    return _mm512_fmadd_pd(x, x, sum);
-  }
+  static __m512d sub(__m512d a, __m512d b) { return _mm512_sub_pd(a, b); }
+  static __m512d abs(__m512d x) { return _mm512_abs_pd(x); }
+  static __m512d add_square(__m512d sum, __m512d x) { return _mm512_fmadd_pd(x, x, sum); }
+  static __m512d square_error(__m512d x, __m512d square) { return _mm512_fmsub_pd(x, x, square); }
 
   template <class T>
   static constexpr int width = std::is_same_v<T, double> ? 8 : 16;

@@ -1,8 +1,9 @@
 // The loops as templates over V, the vector operations of one ISA; included by the loops_<isa>.cpp files alone.
-// Every ISA gives the same bits: element i of a run adds to float64 lane i % 32, squares of float32 and below are
-// exact in float64 (so fusing the multiply-add changes nothing), and squares of float64 are never fused.
+// Every ISA gives the same bits: element i of a run adds to float64 lane i % 32, and squares of float32 and below are
+// exact in float64 (so fusing the multiply-add changes nothing). Sums of float64 are pairs in 16 lanes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -39,10 +40,19 @@ struct Scalar {
   }
   static void store(double* lanes, double x) { *lanes = x; }
   static double add(double a, double b) { return a + b; }
-  static double add_abs(double sum, double x) { return sum + (x < 0 ? -x : x); }
-  template <class T>
-  static double add_square(double sum, double x, const T*) {
-    return sum + x * x;
+  static double sub(double a, double b) { return a - b; }
+  static double abs(double x) { return std::fabs(x); }
+  static double add_square(double sum, double x) { return sum + x * x; }
+  // x * x - square, which a double holds.
+  static double square_error(double x, double square) {
+#ifndef __FP_FAST_FMA
+    // Without the instruction a library call: Dekker's halves are exact where neither square nor error leaves float64.
+    if (square >= 0x1p-900 && square < 0x1p900) {
+      const double shifted = x * 0x1.0000002p27, high = shifted - (shifted - x), low = x - high;
+      return ((high * high - square) + 2.0 * high * low) + low * low;
+    }
+#endif
+    return std::fma(x, x, -square);
   }
 
   // Elementwise passes work on registers of the opmath type.
@@ -81,29 +91,85 @@ struct Scalar {
   }
 };
 
-struct AddSquares {
-  template <class V, class T>
-  static typename V::Doubles step(typename V::Doubles sum, typename V::Doubles x, const T* dtype) {
-    return V::add_square(sum, x, dtype);
+struct Squares {
+  template <class V>
+  static typename V::Doubles add(typename V::Doubles sum, typename V::Doubles x) {
+    return V::add_square(sum, x);
+  }
+  // The term, and what was rounded away from it.
+  template <class V>
+  static typename V::Doubles term(typename V::Doubles x, typename V::Doubles* error) {
+    const auto square = V::mul(x, x);
+    *error = V::square_error(x, square);
+    return square;
   }
 };
 
-struct AddAbs {
-  template <class V, class T>
-  static typename V::Doubles step(typename V::Doubles sum, typename V::Doubles x, const T*) {
-    return V::add_abs(sum, x);
+struct Magnitudes {
+  template <class V>
+  static typename V::Doubles add(typename V::Doubles sum, typename V::Doubles x) {
+    return V::add(sum, V::abs(x));
+  }
+  template <class V>
+  static typename V::Doubles term(typename V::Doubles x, typename V::Doubles*) {
+    return V::abs(x);
   }
 };
 
-template <class V, class T, class Step>
-double norm_sum(const void* data, int64_t n) {
+// (*sum, *error) += (term, term_error), without rounding anything of the size of the sum away (Knuth's two-sum).
+template <class V>
+inline void add_exactly(typename V::Doubles* sum, typename V::Doubles* error, typename V::Doubles term,
+                        typename V::Doubles term_error) {
+  const auto total = V::add(*sum, term), part = V::sub(total, *sum);
+  const auto lost = V::add(V::sub(*sum, V::sub(total, part)), V::sub(term, part));
+  *sum = total;
+  *error = V::add(*error, V::add(lost, term_error));
+}
+
+// Sums of float64 as pairs.
+template <class V, class Term>
+Partial norm_pairs(const void* data, int64_t n) {
+  constexpr int kPairs = 16, kRegisters = kPairs / V::kDoubles;
+  const double* x = static_cast<const double*>(data);
+  typename V::Doubles sums[kRegisters], errors[kRegisters];
+  for (int r = 0; r < kRegisters; ++r) sums[r] = errors[r] = V::zero();
+  const auto add_block = [&](const double* block) {
+    for (int r = 0; r < kRegisters; ++r) {
+      auto error = V::zero();
+      const auto term = Term::template term<V>(V::load(block + r * V::kDoubles), &error);
+      add_exactly<V>(&sums[r], &errors[r], term, error);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kPairs <= n; i += kPairs) {
+    prefetch(x + i, kPairs);
+    add_block(x + i);
+  }
+  if (i < n) {  // the tail, padded with zeros, which add nothing
+    double tail[kPairs] = {};
+    std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(double));
+    add_block(tail);
+  }
+  // As in norm_sum: lanes[i] += lanes[i + width].
+  for (int width = kRegisters / 2; width > 0; width /= 2)
+    for (int r = 0; r < width; ++r) add_exactly<V>(&sums[r], &errors[r], sums[r + width], errors[r + width]);
+  double lanes[V::kDoubles], lost[V::kDoubles];
+  V::store(lanes, sums[0]);
+  V::store(lost, errors[0]);
+  for (int width = V::kDoubles / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; ++lane)
+      add_exactly<Scalar>(&lanes[lane], &lost[lane], lanes[lane + width], lost[lane + width]);
+  return {lanes[0], lost[0]};
+}
+
+template <class V, class T, class Term>
+Partial norm_sum(const void* data, int64_t n) {
   constexpr int kRegisters = kLanes / V::kDoubles;
   const T* x = static_cast<const T*>(data);
   typename V::Doubles sums[kRegisters];
   for (int r = 0; r < kRegisters; ++r) sums[r] = V::zero();
   const auto add_block = [&sums](const T* block) {
-    for (int r = 0; r < kRegisters; ++r)
-      sums[r] = Step::template step<V>(sums[r], V::load(block + r * V::kDoubles), block);
+    for (int r = 0; r < kRegisters; ++r) sums[r] = Term::template add<V>(sums[r], V::load(block + r * V::kDoubles));
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -122,7 +188,7 @@ double norm_sum(const void* data, int64_t n) {
   V::store(lanes, sums[0]);
   for (int width = V::kDoubles / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  return {lanes[0]};
 }
 
 // |x| as an unsigned integer: it orders as |x| does, with NaN above inf, so that a max keeps NaN by construction.
@@ -144,12 +210,12 @@ magnitude_t<T> largest_magnitude(const T* x, int64_t n) {
 }
 
 template <class T>
-double norm_max(const void* data, int64_t n) {
-  return to_double(bit_cast<T>(largest_magnitude(static_cast<const T*>(data), n)));
+Partial norm_max(const void* data, int64_t n) {
+  return {to_double(bit_cast<T>(largest_magnitude(static_cast<const T*>(data), n)))};
 }
 
 template <class T>
-double norm_min(const void* data, int64_t n) {
+Partial norm_min(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   magnitude_t<T> min = std::numeric_limits<magnitude_t<T>>::max(), max = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -157,16 +223,16 @@ double norm_min(const void* data, int64_t n) {
     max = magnitude(x[i]) > max ? magnitude(x[i]) : max;
   }
   const double largest = to_double(bit_cast<T>(max));
-  if (largest != largest) return largest;
-  return n > 0 ? to_double(bit_cast<T>(min)) : std::numeric_limits<double>::infinity();
+  if (largest != largest) return {largest};
+  return {n > 0 ? to_double(bit_cast<T>(min)) : std::numeric_limits<double>::infinity()};
 }
 
 template <class T>
-double norm_any(const void* data, int64_t n) {
+Partial norm_any(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   magnitude_t<T> any = 0;
   for (int64_t i = 0; i < n; ++i) any |= magnitude(x[i]);
-  return any != 0 ? 1.0 : 0.0;
+  return {any != 0 ? 1.0 : 0.0};
 }
 
 template <class V, class T>
@@ -225,8 +291,13 @@ bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
 template <class V, class T>
 constexpr void fill(Loops& loops, Dtype dtype) {
   const int d = static_cast<int>(dtype);
-  loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_sum<V, T, AddSquares>;
-  loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_sum<V, T, AddAbs>;
+  if constexpr (std::is_same_v<T, double>) {
+    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_pairs<V, Squares>;
+    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_pairs<V, Magnitudes>;
+  } else {
+    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_sum<V, T, Squares>;
+    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_sum<V, T, Magnitudes>;
+  }
   loops.norm_partial[d][static_cast<int>(NormKind::kMax)] = norm_max<T>;
   loops.norm_partial[d][static_cast<int>(NormKind::kMin)] = norm_min<T>;
   loops.norm_partial[d][static_cast<int>(NormKind::kCount)] = norm_any<T>;

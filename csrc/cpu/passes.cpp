@@ -138,15 +138,15 @@ void for_each_run(const Chunk& chunk, const Body& body) {
   }
 }
 
-// Calls body(pointer, count, dtype) on the runs of all tensors. All memory is there before the first write.
+// Calls body(pointer, count, tensor) on the runs of all tensors. All memory is there before the first write.
 template <class Body>
 void write(const TensorViews& tensors, Walk walk, const Body& body) {
   const std::vector<TensorViews> rounds = write_rounds(tensors);
   const std::vector<ChunkTable> tables(rounds.begin(), rounds.end());
   for (const ChunkTable& table : tables) {
     const AOTITorchError error = for_each_chunk(table, walk, [&](int64_t i) {
-      const Dtype dtype = table.chunks[i].tensor->dtype;
-      for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, dtype); });
+      const TensorView& tensor = *table.chunks[i].tensor;
+      for_each_run(table.chunks[i], [&](char* data, int64_t count) { return body(data, count, tensor); });
     });
     if (error != 0)
       throw std::runtime_error("fastclip: torch's torch_parallel_for failed: gradients may be partly written");
@@ -171,38 +171,57 @@ double round_to(Dtype dtype, double bound) {
   return bound;
 }
 
+// combine(), without rounding the smaller sum away.
+Partial combine_exactly(NormKind kind, Partial a, Partial b) {
+  const double value = combine(kind, a.value, b.value);
+  if (kind == NormKind::kMax || kind == NormKind::kMin) return {value};
+  const double part = value - a.value;
+  return {value, a.error + b.error + ((a.value - (value - part)) + (b.value - part))};
+}
+
 // The partial of every chunk, in order; with `are_norms`, which is for kPow, the norm of every chunk.
-std::vector<double> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
-  std::vector<double> partials(table.chunks.size());
+std::vector<Partial> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
+  std::vector<Partial> partials(table.chunks.size());
   const Loops& isa = loops();
   const AOTITorchError error = for_each_chunk(table, Walk::kForward, [&](int64_t i) {
     const Dtype dtype = table.chunks[i].tensor->dtype;
     const auto reduce = [&](NormKind kind, double unit) {
       const auto partial_of = isa.norm_partial[static_cast<int>(dtype)][static_cast<int>(kind)];
-      double partial = identity(kind);
+      Partial partial{identity(kind)};
       for_each_run(table.chunks[i], [&](const char* data, int64_t count) {
-        const double run =
-            kind == NormKind::kPow ? norm_pow(dtype, data, count, norm_type, unit) : partial_of(data, count);
-        partial = kind == NormKind::kCount ? max_nan(partial, run) : combine(kind, partial, run);
+        const Partial run =
+            kind == NormKind::kPow ? Partial{norm_pow(dtype, data, count, norm_type, unit)} : partial_of(data, count);
+        // Runs of one tensor count once.
+        partial = combine_exactly(kind == NormKind::kCount ? NormKind::kMax : kind, partial, run);
         return false;
       });
       return partial;
     };
-    const double unit = are_norms ? power_unit(reduce(unit_kind(norm_type), 1.0)) : 1.0;
-    const double partial = reduce(norm_kind(norm_type), unit);
-    partials[i] = are_norms ? root_in(unit, partial, norm_type) : partial;
+    const double unit = are_norms ? power_unit(reduce(unit_kind(norm_type), 1.0).value) : 1.0;
+    const Partial partial = reduce(norm_kind(norm_type), unit);
+    partials[i] = are_norms ? Partial{root_in(unit, partial.rounded(), norm_type)} : partial;
   });
   check_torch(error, "torch_parallel_for");
   return partials;
 }
 
-// The norm of a list, of kPow, from the norms of its chunks.
-double combine_norms(const std::vector<double>& norms, double norm_type) {
+// The norm of a list, of kPow, from the norms of its chunks [begin, end).
+double combine_norms(const Partial* begin, const Partial* end, double norm_type) {
   double extreme = identity(unit_kind(norm_type)), sum = 0.0;
-  for (const double norm : norms) extreme = combine(unit_kind(norm_type), extreme, norm);
+  for (const Partial* norm = begin; norm != end; ++norm) extreme = combine(unit_kind(norm_type), extreme, norm->value);
   const double unit = power_unit(extreme);
-  for (const double norm : norms) sum += std::pow(norm / unit, norm_type);
+  for (const Partial* norm = begin; norm != end; ++norm) sum += std::pow(norm->value / unit, norm_type);
   return root_in(unit, sum, norm_type);
+}
+
+// Calls body(tensor, begin, end) for every tensor with the range of its chunks.
+template <class Body>
+void for_each_tensor(const ChunkTable& table, const Body& body) {
+  const std::vector<Chunk>& chunks = table.chunks;
+  for (size_t begin = 0, end; begin < chunks.size(); begin = end) {
+    for (end = begin + 1; end < chunks.size() && chunks[end].tensor == chunks[begin].tensor;) ++end;
+    body(chunks[begin].tensor, begin, end);
+  }
 }
 
 }  // namespace
@@ -211,16 +230,19 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type) {
   const DefaultFloatMode mode;
   const NormKind kind = norm_kind(norm_type);
   const ChunkTable table(nonempty(tensors));
-  std::vector<double> partials = partials_of(table, norm_type, false);
-  double total = identity(kind);
-  for (size_t i = 0; i < partials.size(); ++i) {
-    // norm_type 0 counts tensors, so the chunks of one tensor count once.
-    if (kind == NormKind::kCount)
-      for (; i + 1 < partials.size() && table.chunks[i + 1].tensor == table.chunks[i].tensor; ++i)
-        partials[i + 1] = max_nan(partials[i], partials[i + 1]);
-    total = combine(kind, total, partials[i]);
+  const std::vector<Partial> partials = partials_of(table, norm_type, false);
+  Partial total{identity(kind)};
+  const auto add = [&](Partial partial) { total = combine_exactly(kind, total, partial); };
+  if (kind != NormKind::kCount) {
+    for (const Partial& partial : partials) add(partial);
+    return total.rounded();
   }
-  return total;
+  for_each_tensor(table, [&](const TensorView*, size_t begin, size_t end) {
+    bool any = false;
+    for (size_t i = begin; i < end; ++i) any |= partials[i].value != 0;
+    add({any ? 1.0 : 0.0});
+  });
+  return total.rounded();
 }
 
 double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
@@ -230,36 +252,73 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type) {
   const NormKind kind = norm_kind(norm_type);
   const double partial = norm_partial(tensors, norm_type);
   if (kind != NormKind::kPow || is_well_in_float64(partial)) return root(kind, partial, norm_type);
-  return combine_norms(partials_of(ChunkTable(views), norm_type, true), norm_type);
+  const std::vector<Partial> norms = partials_of(ChunkTable(views), norm_type, true);
+  return combine_norms(norms.data(), norms.data() + norms.size(), norm_type);
 }
 
-void scale(const std::vector<TensorView>& tensors, double coef, bool zero) {
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* norms) {
   const DefaultFloatMode mode;
-  if (zero && coef == 0)
-    return write(nonempty(tensors), Walk::kBackward, [](char* data, int64_t count, Dtype dtype) {
-      std::memset(data, 0, static_cast<size_t>(count * element_size(dtype)));
-      return true;
-    });
+  const NormKind kind = norm_kind(norm_type);
+  std::fill(norms, norms + tensors.size(), 0.0);
+  const ChunkTable table(nonempty(tensors));
+  const std::vector<Partial> partials = partials_of(table, norm_type, false);
+  TensorViews lost;  // those of kPow whose powers may have left float64
+  for_each_tensor(table, [&](const TensorView* tensor, size_t begin, size_t end) {
+    Partial sum{identity(kind)};
+    for (size_t i = begin; i < end; ++i)
+      sum = combine_exactly(kind == NormKind::kCount ? NormKind::kMax : kind, sum, partials[i]);
+    norms[tensor - tensors.data()] = root(kind, sum.rounded(), norm_type);
+    if (kind == NormKind::kPow && !is_well_in_float64(sum.rounded())) lost.push_back(tensor);
+  });
+  if (lost.empty()) return;
+  const ChunkTable again(lost);
+  const std::vector<Partial> parts = partials_of(again, norm_type, true);
+  for_each_tensor(again, [&](const TensorView* tensor, size_t begin, size_t end) {
+    norms[tensor - tensors.data()] = combine_norms(parts.data() + begin, parts.data() + end, norm_type);
+  });
+}
+
+namespace {
+
+// x *= coef_of(tensor).
+template <class CoefOf>
+void scale_by(const std::vector<TensorView>& tensors, const CoefOf& coef_of) {
+  const DefaultFloatMode mode;
   TensorViews changed = nonempty(tensors);
-  const auto stays = [coef](const TensorView* tensor) {
+  const auto stays = [&coef_of](const TensorView* tensor) {
+    const double coef = coef_of(*tensor);
     return tensor->dtype == Dtype::kFloat64 ? coef == 1.0 : static_cast<float>(coef) == 1.0f;
   };
   changed.erase(std::remove_if(changed.begin(), changed.end(), stays), changed.end());
   const Loops& isa = loops();
   // Backwards, because what the norm read last is still in cache.
-  const bool is_wide = is_below_float32(coef);
-  write(changed, Walk::kBackward, [&isa, coef, is_wide](char* data, int64_t count, Dtype dtype) {
-    if (is_wide)
-      scale_wide(dtype, data, count, coef);
+  write(changed, Walk::kBackward, [&](char* data, int64_t count, const TensorView& tensor) {
+    const double coef = coef_of(tensor);
+    if (is_below_float32(coef))
+      scale_wide(tensor.dtype, data, count, coef);
     else
-      isa.scale[static_cast<int>(dtype)](data, count, coef);
+      isa.scale[static_cast<int>(tensor.dtype)](data, count, coef);
     return true;
   });
 }
 
+}  // namespace
+
+void scale(const std::vector<TensorView>& tensors, double coef, bool zero) {
+  if (!zero || coef != 0) return scale_by(tensors, [coef](const TensorView&) { return coef; });
+  write(nonempty(tensors), Walk::kBackward, [](char* data, int64_t count, const TensorView& tensor) {
+    std::memset(data, 0, static_cast<size_t>(count * element_size(tensor.dtype)));
+    return true;
+  });
+}
+
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs) {
+  scale_by(tensors, [&tensors, coefs](const TensorView& tensor) { return coefs[&tensor - tensors.data()]; });
+}
+
 void sanitize(const std::vector<TensorView>& tensors) {
   write(nonempty(tensors), Walk::kForward,
-        [](char* data, int64_t count, Dtype dtype) { return sanitize(dtype, data, count); });
+        [](char* data, int64_t count, const TensorView& tensor) { return sanitize(tensor.dtype, data, count); });
 }
 
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
@@ -271,8 +330,8 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
     his[d] = round_to(static_cast<Dtype>(d), hi);
   }
   const Loops& isa = loops();
-  write(nonempty(tensors), Walk::kForward, [&](char* data, int64_t count, Dtype dtype) {
-    const int d = static_cast<int>(dtype);
+  write(nonempty(tensors), Walk::kForward, [&](char* data, int64_t count, const TensorView& tensor) {
+    const int d = static_cast<int>(tensor.dtype);
     return isa.clamp[d](data, count, los[d], his[d]);
   });
 }

@@ -15,9 +15,15 @@ double norm_partial(const std::vector<TensorView>& tensors, double norm_type);
 // The norm over all elements of all tensors; 0 where there are none.
 double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 
+// norms[i] = the total norm of tensor i alone.
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* norms);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
 void scale(const std::vector<TensorView>& tensors, double coef, bool zero);
+
+// The same with coefs[i] for tensor i.
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs);
 
 // x = 0 where x is not finite; writes only blocks that change.
 void sanitize(const std::vector<TensorView>& tensors);

@@ -93,6 +93,18 @@ void launch_norm(NormKind kind, bool are_norms, const Arguments<OwnArguments, An
   }
 }
 
+// Calls body(tensors, index of the first) for each run of dense tensors that are neighbours in the list, and for each
+// strided tensor by itself; `first` is the first tensor of the list.
+template <class Body>
+void for_each_neighbours(const TensorViews& tensors, const TensorView* first, const Body& body) {
+  for (size_t begin = 0, end; begin < tensors.size(); begin = end) {
+    end = begin + 1;
+    if (tensors[begin]->dims == nullptr)
+      while (end < tensors.size() && tensors[end]->dims == nullptr && tensors[end] == tensors[end - 1] + 1) ++end;
+    body(TensorViews(tensors.begin() + begin, tensors.begin() + end), tensors[begin] - first);
+  }
+}
+
 // Fills the partials, which for kPow with `are_norms` are the norms of chunks; returns their number.
 int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, double* partials, Queue queue) {
   const NormKind kind = norm_kind(norm_type);
@@ -143,6 +155,24 @@ class Writes {
         using AnyTable = decltype(arguments.table);
         arguments.own = scale;
         launch_write("scale_kernel", scale_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+      });
+    }
+  }
+
+  // coefs[i] for tensor i of the list, whose first is `first`.
+  void scale_each(const TensorView* first, const double* coefs, Queue queue) {
+    for (const Layout& round : rounds_) {
+      for_each_neighbours(round.strided, first, [&](const TensorViews& tensor, int64_t index) {
+        write_strided(tensor, Write::kScale, {coefs + index, false}, {}, queue);
+      });
+      for_each_neighbours(round.dense, first, [&](const TensorViews& tensors, int64_t index) {
+        const double* next = coefs + index;
+        for_each_table<const double*>(tensors, Walk::kForward, [&](auto& arguments) {
+          using AnyTable = decltype(arguments.table);
+          arguments.own = next;
+          launch_write("scale_each_kernel", scale_each_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+          next += arguments.table.tensors;
+        });
       });
     }
   }
@@ -212,6 +242,38 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue) {
   launch_total_norm(nonempty(tensors), of_order(norm_type), scratch + 1, {norm, dtype}, nullptr, queue);
+}
+
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue) {
+  const TensorViews views = nonempty(tensors);
+  const NormKind kind = norm_kind(norm_type);
+  const bool are_norms = powers_may_leave_float64(views, norm_type);
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  if (views.size() < tensors.size())  // of no elements the norm is 0
+    check(cudaMemsetAsync(norms, 0, tensors.size() * sizeof(double), stream), "cudaMemsetAsync");
+  const auto slots_of = [kind](const TensorView& tensor) {
+    return kind == NormKind::kCount ? 1 : static_cast<uint32_t>((tensor.numel + kChunkSize - 1) / kChunkSize);
+  };
+  double* partials = scratch + 1;
+  for_each_neighbours(views, tensors.data(), [&](const TensorViews& neighbours, int64_t index) {
+    const int64_t slots = launch_norms(Layout(neighbours), norm_type, are_norms, partials, queue);
+    FinishEachArguments arguments{partials, norms + index, norm_type, 0, kind, are_norms, {}};
+    for (size_t i = 0; i < neighbours.size();) {
+      uint32_t& count = arguments.tensors;
+      uint32_t end = 0;
+      for (count = 0; i < neighbours.size() && count < LongTable::kCapacity; ++i)
+        arguments.ends[count++] = end += slots_of(*neighbours[i]);
+      constexpr int kWarps = kThreads / kWarp;
+      launch_persistent("finish_each_kernel", finish_each_kernel, (count + kWarps - 1) / kWarps, queue, arguments);
+      arguments.partials += end;
+      arguments.norms += count;
+    }
+    partials += slots;
+  });
+}
+
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue) {
+  Writes(nonempty(tensors)).scale_each(tensors.data(), coefs, queue);
 }
 
 void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue) {

@@ -50,9 +50,17 @@ constexpr Engine kEngine = {
       const Call call(tensors.device, scratch_size(tensors.views));
       total_norm(tensors.views, norm_type, call.scratch, norm.data, norm.dtype, call.queue);
     },
+    [](const Tensors& tensors, double norm_type, double* out) {
+      const Call call(tensors.device, scratch_size(tensors.views));
+      norms(tensors.views, norm_type, call.scratch, out, call.queue);
+    },
     [](const Tensors& tensors, Number coef, bool zero) {
       const Call call(tensors.device, 1);
       scale(tensors.views, coef, zero, call.scratch, call.queue);
+    },
+    [](const Tensors& tensors, const double* coefs) {
+      const Call call(tensors.device, 1);
+      scale_each(tensors.views, coefs, call.queue);
     },
     [](const Tensors& tensors) {
       const Call call(tensors.device, 1);

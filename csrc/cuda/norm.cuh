@@ -265,6 +265,42 @@ __device__ inline double combined_norms(double p, const double* norms, int64_t s
   return root_in(unit, sum, p);
 }
 
+// Tensors in a row of the list, each with its own slots.
+struct FinishEachArguments {
+  const double* partials;
+  double* norms;
+  double p;
+  uint32_t tensors;
+  NormKind kind;
+  bool are_norms;
+  uint32_t ends[LongTable::kCapacity];  // slots of a tensor and of all before it
+};
+
+// The norm of each tensor alone. A warp takes one at a time: most tensors have few slots.
+__global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_constant__ FinishEachArguments arguments) {
+  constexpr uint32_t kWarps = kThreads / kWarp;
+  const NormKind kind = arguments.kind;
+  const double p = arguments.p;
+  const uint32_t lane = threadIdx.x % kWarp;
+  for (uint32_t i = blockIdx.x * kWarps + threadIdx.x / kWarp; i < arguments.tensors; i += gridDim.x * kWarps) {
+    const uint32_t begin = i > 0 ? arguments.ends[i - 1] : 0, end = arguments.ends[i];
+    const auto reduce = [&](NormKind how, auto term) {
+      double x = identity(how);
+      for (uint32_t slot = begin + lane; slot < end; slot += kWarp) x = combine(how, x, term(arguments.partials[slot]));
+      return warp_reduce(x, [how](double a, double b) { return combine(how, a, b); });
+    };
+    double norm;
+    if (arguments.are_norms) {
+      const double unit = power_unit(reduce(unit_kind(p), [](double x) { return x; }));
+      const double sum = reduce(NormKind::kPow, [=](double x) { return wide_term<NormKind::kPow>(x / unit, p); });
+      norm = root_in(unit, sum, p);
+    } else {
+      norm = root(kind, reduce(kind, [](double x) { return x; }), p);
+    }
+    if (lane == 0) arguments.norms[i] = norm;
+  }
+}
+
 template <Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const __grid_constant__ FinishArguments arguments) {
   double x;

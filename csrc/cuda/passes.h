@@ -27,9 +27,15 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue);
 
+// norms[i] = the total norm of tensor i alone.
+void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
 void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue);
+
+// The same with coefs[i] for tensor i.
+void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue);
 
 // x = 0 where x is not finite; writes only vectors that change.
 void sanitize(const std::vector<TensorView>& tensors, Queue queue);

@@ -100,6 +100,22 @@ struct ScaleArguments {
   bool zero;  // whether a coefficient of 0 makes zeros also of inf and NaN
 };
 
+// x *= *clip_coef for a chunk.
+__device__ inline void scale_chunk(const Chunk& chunk, const ScaleArguments& arguments) {
+  const double* const clip_coef = arguments.clip_coef;
+  with_element(chunk.dtype, [&](auto element) {
+    using E = decltype(element);
+    const Run<E> run(chunk.data, chunk.count);
+    const Scale<E> scale(clip_coef);
+    if (is_below_float32(*clip_coef))
+      write_elements(run, ScaleWide<E>{*clip_coef});
+    else if (arguments.zero && *clip_coef == 0)
+      write_elements(run, Zero<E>());
+    else if (scale.is_needed())
+      write_run(run, scale);
+  });
+}
+
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     scale_kernel(const __grid_constant__ Arguments<ScaleArguments, AnyTable> arguments) {
@@ -107,18 +123,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (*clip_coef == 1) return;
   // Backwards: what the norm read last is still in L2.
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
+    scale_chunk(find_chunk(arguments.table, static_cast<uint32_t>(i)), arguments.own);
+  }
+}
+
+// The same with a coefficient for each tensor of the table.
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, 4)
+    scale_each_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
+  for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
-    with_element(chunk.dtype, [&](auto element) {
-      using E = decltype(element);
-      const Run<E> run(chunk.data, chunk.count);
-      const Scale<E> scale(clip_coef);
-      if (is_below_float32(*clip_coef))
-        write_elements(run, ScaleWide<E>{*clip_coef});
-      else if (arguments.own.zero && *clip_coef == 0)
-        write_elements(run, Zero<E>());
-      else if (scale.is_needed())
-        write_run(run, scale);
-    });
+    const double* const coef = arguments.own + chunk.tensor;
+    if (*coef != 1) scale_chunk(chunk, {coef, false});
   }
 }
 

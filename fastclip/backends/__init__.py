@@ -7,8 +7,10 @@
 - ``norm_partial(tensors, norm_type) -> Tensor``: 0-dim, wide: sum of ``|x|^p``, max, min, or the number of non-zero
   tensors; the norm before its root.
 - ``total_norm(tensors, norm_type) -> Tensor``: 0-dim, wide: the norm, also of an order whose powers leave float64.
+- ``tensor_norms(tensors, norm_type) -> Tensor``: (N,), wide: the total norm of each tensor alone.
 - ``scale_(tensors, clip_coef, *, zero)``: ``x *= clip_coef`` with a 0-dim wide coefficient on the tensors' device; with
   ``zero`` a coefficient of 0 makes zeros also of inf and NaN.
+- ``scale_each_(tensors, coefs)``: ``x *= coefs[i]`` for tensor i, (N,), wide.
 - ``sanitize_(tensors)``: ``x = 0`` where x is not finite.
 - ``clamp_(tensors, min, max)``.
 - ``clip_grad_norm_(grads, max_norm, norm_type, nonfinite, found_inf, inv_scale, *, dtype)``, or None: all of it in one

@@ -53,6 +53,12 @@ def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     return root(norm_partial(tensors, norm_type), norm_type)
 
 
+@torch.no_grad()
+def tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    """The wide norm of each tensor alone; 0 where it has no elements."""
+    return torch.stack([total_norm([tensor], norm_type) for tensor in tensors])
+
+
 def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
     """Whether some sum of up to 2^48 powers of numbers of a dtype may leave float64, as in csrc/clip.h."""
     return abs(norm_type) * _REACH[dtype] > 900
@@ -81,6 +87,12 @@ def scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> N
 def sanitize_(tensors: list[Tensor]) -> None:
     for values in _dense_values(tensors):
         values.masked_fill_(~values.isfinite(), 0)
+
+
+@torch.no_grad()
+def scale_each_(tensors: list[Tensor], coefs: Tensor) -> None:
+    for tensor, coef in zip(tensors, coefs.unbind(), strict=True):
+        scale_([tensor], coef)
 
 
 @torch.no_grad()

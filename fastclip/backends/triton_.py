@@ -34,6 +34,8 @@ LANES = WARPS * (64 if torch.version.hip else 32)
 # Programs for each multiprocessor: 8 KB in flight each, where 16 KB hide the latency of an H100.
 PROGRAMS = 8
 _FINALIZE_BLOCK = 1024
+# Slots that tensor_norms_kernel takes at once: most tensors have few.
+_TENSOR_BLOCK = 128
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OPMATH = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _DTYPES}
@@ -95,6 +97,7 @@ class Launch(NamedTuple):
     dtype: torch.dtype
     offset: int  # of its words in the table
     chunks: int
+    tensors: int
 
 
 class Table(NamedTuple):
@@ -110,6 +113,7 @@ def make_table(
     norm_type: float = 2.0,
     max_norm: float = 0.0,
     bounds: Callable[[torch.dtype], tuple[float, float]] | None = None,
+    places: Sequence[int] | None = None,
 ) -> Table:
     """Lays out the table of a list.
 
@@ -118,11 +122,14 @@ def make_table(
         chunk: elements of a chunk.
         norm_type, max_norm: what the norm kernels read.
         bounds: what clamp_kernel reads, for each dtype.
+        places: of each tensor in the list, for kernels that have a number for each.
     """
+    own_places: dict[torch.dtype, list[int]] = {}
     rows: dict[torch.dtype, list[int]] = {}
     chunks: dict[torch.dtype, int] = {}
     slot = 0
-    for address, numel, dtype in spans:
+    for i, (address, numel, dtype) in enumerate(spans):
+        own_places.setdefault(dtype, []).append(places[i] if places else i)
         before = chunks.get(dtype, 0)
         own = -(-numel // chunk)
         rows.setdefault(dtype, []).extend((before, address, numel, slot))
@@ -132,10 +139,13 @@ def make_table(
     words = array("q", (slot, *_bits(norm_type, root, max_norm)))
     launches = []
     for dtype, own_rows in rows.items():
-        launches.append(Launch(dtype, len(words), chunks[dtype]))
+        launches.append(Launch(dtype, len(words), chunks[dtype], len(own_rows) // 4))
         numbers = bounds(dtype) if bounds else (norm_type, 0.0)
         words.extend((len(own_rows) // 4, chunks[dtype], *_bits(*numbers)))
         words.extend(own_rows)
+        if places is not None:
+            words.extend(own_places[dtype])
+            words.extend([0] * (len(words) % 2))  # the next launch, too, starts at a multiple of 16 bytes
     return Table(words, launches, slot)
 
 
@@ -163,6 +173,11 @@ def _read(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
     Raises:
         RuntimeError: a tensor is refused, or not on the device of the first.
     """
+    return [span for _, span in _read_places(tensors)]
+
+
+def _read_places(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, int, torch.dtype]]]:
+    """The same, each after its place in the list."""
     device = tensors[0].device if tensors else None
     spans = []
     for i, tensor in enumerate(tensors):
@@ -172,7 +187,7 @@ def _read(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
         if reason:
             raise RuntimeError(f"fastclip: tensors[{i}] cannot be taken by Triton: {reason}")
         if numel := tensor.numel():
-            spans.append((tensor.data_ptr(), numel, tensor.dtype))
+            spans.append((i, (tensor.data_ptr(), numel, tensor.dtype)))
     return spans
 
 
@@ -258,6 +273,17 @@ def _element(dtype: torch.dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
+def _launch_partials(table: Table, words: Tensor, norm_type: float, power: bool) -> tuple[Tensor, bool]:
+    """The partial of every chunk, and whether they are norms, which they may be with `power`."""
+    new = torch.zeros if norm_type == 0 else torch.empty
+    partials = new(table.slots, dtype=_WIDE, device=words.device)
+    in_units = [power and eager.powers_leave_float64(launch.dtype, norm_type) for launch in table.launches]
+    kind, norms = norm_kind(norm_type), any(in_units)
+    for launch, in_unit in zip(table.launches, in_units, strict=True):
+        _launch("norm_partial_kernel", launch, words, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
+    return partials, norms
+
+
 def _launch_norm(
     table: Table,
     words: Tensor,
@@ -271,13 +297,7 @@ def _launch_norm(
     from . import triton_kernels
 
     kind = norm_kind(norm_type)
-    new = torch.zeros if norm_type == 0 else torch.empty
-    partials = new(table.slots, dtype=_WIDE, device=words.device)
-    power = root and is_power(norm_type)
-    in_units = [power and eager.powers_leave_float64(launch.dtype, norm_type) for launch in table.launches]
-    norms = any(in_units)
-    for launch, in_unit in zip(table.launches, in_units, strict=True):
-        _launch("norm_partial_kernel", launch, words, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
+    partials, norms = _launch_partials(table, words, norm_type, root and is_power(norm_type))
     triton_kernels.norm_finalize_kernel[(1,)](
         words,
         partials,
@@ -314,6 +334,50 @@ def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
         out = torch.empty((), dtype=_WIDE, device=device)
         _launch_norm(table, _to_device(table.words, device), norm_type, out)
     return out
+
+
+def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
+    from . import triton_kernels
+
+    placed, device = _read_places(tensors), tensors[0].device
+    norms = torch.zeros(len(tensors), dtype=_WIDE, device=device)
+    if not placed:
+        return norms
+    with _on(device):
+        places, spans = zip(*placed, strict=True)
+        table = make_table(spans, CHUNK, norm_type=norm_type, places=places)
+        words = _to_device(table.words, device)
+        partials, are_norms = _launch_partials(table, words, norm_type, is_power(norm_type))
+        for launch in table.launches:
+            triton_kernels.tensor_norms_kernel[(launch.tensors,)](
+                words,
+                words[launch.offset :],
+                partials,
+                norms,
+                KIND=norm_kind(norm_type),
+                NORMS=are_norms,
+                CHUNK=CHUNK,
+                BLOCK=_TENSOR_BLOCK,
+                num_warps=1,
+                enable_fp_fusion=False,
+            )
+    return norms
+
+
+def _scale_each_(tensors: list[Tensor], coefs: Tensor) -> None:
+    placed = _read_places(tensors)
+    device = tensors[0].device if tensors else coefs.device
+    if coefs.shape != (len(tensors),) or coefs.dtype != _WIDE or not coefs.is_contiguous() or coefs.device != device:
+        raise RuntimeError(
+            f"fastclip: coefs: expected a contiguous float64 tensor of {len(tensors)} elements on {device}, got "
+            f"{coefs.dtype} of shape {tuple(coefs.shape)} on {coefs.device}"
+        )
+    rounds = [[each] for each in placed] if overlap(span for _, span in placed) else [placed] if placed else []
+    for together in rounds:
+        with _on(device):
+            places, spans = zip(*together, strict=True)
+            table = make_table(spans, CHUNK, places=places)
+            _launch_all("scale_each_kernel", table, _to_device(table.words, device), coefs)
 
 
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
@@ -419,7 +483,9 @@ def _clip(
 
 _KERNELS = {
     "norm_partial": _norm_partial,
+    "tensor_norms": _tensor_norms,
     "scale_": _scale_,
+    "scale_each_": _scale_each_,
     "sanitize_": _sanitize_,
     "clamp_": _clamp_,
     "clip_grad_norm_": _clip_grad_norm_,
@@ -438,7 +504,9 @@ if _USABLE:
         for _device in _SERVED:
             _ops.library.impl(_name, _kernel, _device.upper())
     norm_partial = torch.ops.fastclip_triton.norm_partial.default
+    tensor_norms = torch.ops.fastclip_triton.tensor_norms.default
     scale_ = torch.ops.fastclip_triton.scale_.default
+    scale_each_ = torch.ops.fastclip_triton.scale_each_.default
     sanitize_ = torch.ops.fastclip_triton.sanitize_.default
     clamp_ = torch.ops.fastclip_triton.clamp_.default
     clip_grad_norm_ = torch.ops.fastclip_triton.clip_grad_norm_.default

@@ -5,6 +5,7 @@ Tensors arrive in a table of int64 words, float64 numbers as their bits, so that
     list    slots, bits of p, bits of 1 / p, bits of max_norm
     launch  tensors, chunks, bits of p or of the lower bound, bits of the upper bound      one for each dtype
     row     chunks before it in its launch, address, elements, its first slot              one for each tensor
+    place   its place in the list      one for each row, after them all, where a kernel has a number for each tensor
 
 A chunk is CHUNK elements of one tensor and has one slot, in the order of the list, for its partial: results depend on
 neither the grid nor the dtypes beside them. Inside a chunk the body starts at a multiple of 16 bytes and holds whole
@@ -43,8 +44,8 @@ def _load_float(word):
 
 
 @triton.jit
-def _find_row(launch, chunk):
-    """The last row with no more than `chunk` chunks before it."""
+def _find_number(launch, chunk):
+    """The number of the last row with no more than `chunk` chunks before it."""
     low = tl.zeros([], tl.int64)
     high = tl.load(launch)
     while high - low > 1:
@@ -53,7 +54,12 @@ def _find_row(launch, chunk):
             low = middle
         else:
             high = middle
-    return launch + 4 + low * 4
+    return low
+
+
+@triton.jit
+def _find_row(launch, chunk):
+    return launch + 4 + _find_number(launch, chunk) * 4
 
 
 @triton.jit
@@ -309,6 +315,62 @@ def norm_partial_kernel(
 
 
 @triton.jit
+def tensor_norms_kernel(
+    list_header,
+    launch,
+    partials,
+    norms,
+    KIND: tl.constexpr,
+    NORMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The norm of each tensor of a launch from its partials, which may be NORMS: a program for each."""
+    p = _load_float(list_header + 1)
+    tensors = tl.load(launch)
+    row = launch + 4 + tl.program_id(0).to(tl.int64) * 4
+    place = tl.load(launch + 4 + tensors * 4 + tl.program_id(0))
+    first = partials + tl.load(row + 3)
+    slots = tl.zeros([], tl.int64) + 1
+    if KIND != 4:
+        slots = (tl.load(row + 2) + CHUNK - 1) // CHUNK
+    lane = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.int64)
+    smallest = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    start = tl.zeros([], tl.int64)
+    while start < slots:
+        exists = start + lane < slots
+        x = tl.load(first + start + lane, mask=exists, other=0.0)
+        if KIND == 2 or KIND == 3 or NORMS:
+            magnitude = _magnitude(x.to(tl.int64, bitcast=True), 64)
+            largest = tl.maximum(largest, magnitude)
+            smallest = tl.minimum(smallest, tl.where(exists, magnitude, 0x7FFFFFFFFFFFFFFF))
+        else:
+            sum += x
+        start += BLOCK
+    norm = tl.sum(sum)
+    if KIND == 2 or KIND == 3 or NORMS:
+        norm = tl.max(largest).to(tl.float64, bitcast=True)
+        if KIND == 3 or NORMS:
+            norm = tl.where((norm == norm) & (p < 0.0), tl.min(smallest).to(tl.float64, bitcast=True), norm)
+    if NORMS:
+        unit = _power_unit(norm)
+        start = tl.zeros([], tl.int64)
+        while start < slots:
+            exists = start + lane < slots
+            sum += _wide_term(tl.load(first + start + lane, mask=exists, other=0.0), exists, p, unit, KIND)
+            start += BLOCK
+        norm = _root_in(unit, tl.sum(sum), p)
+    else:
+        if KIND == 0:
+            norm = tl.sqrt(norm)
+        if KIND == 5:
+            norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
+    tl.store(norms + place, norm)
+
+
+@triton.jit
 def _store_norm(out, norm):
     """Rounds a norm once to the dtype of `out`: to odd on the way to 16 bits, so that the second rounding is exact."""
     if out.dtype.element_ty == tl.float64:
@@ -392,6 +454,39 @@ def _scale_block(x, coef, ZERO: tl.constexpr, DTYPE: tl.constexpr):
     if ZERO:
         scaled = tl.where(coef == 0.0, tl.zeros_like(scaled), scaled)
     return scaled
+
+
+@triton.jit
+def _scale_chunk(row, chunk, wide, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= wide for a chunk, in the dtype of its arithmetic or, below float32, in float64."""
+    STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+    OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    below = (wide != 0.0) & (tl.abs(wide) < _LEAST_NORMAL) & (DTYPE != tl.float64)
+    coef = wide.to(OPMATH)
+    lane = tl.arange(0, BLOCK)
+    if below | (coef != 1.0):
+        body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+        for start in range(-head, count + tail, BLOCK):
+            exists = start + lane < count + tail
+            place = body + start + lane
+            x = tl.load(place, mask=exists)
+            if below:
+                tl.store(place, _scale_block(x, wide, False, DTYPE), mask=exists)
+            else:
+                tl.store(place, _scale_block(x, coef, False, DTYPE), mask=exists)
+
+
+@triton.jit
+def scale_each_kernel(launch, coefs, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """x *= coefs[place of its tensor in the list]; writes nothing where that is 1."""
+    chunks = tl.load(launch + 1)
+    places = launch + 4 + tl.load(launch) * 4
+    chunk = chunks - 1 - tl.program_id(0)
+    while chunk >= 0:
+        number = _find_number(launch, chunk)
+        place = tl.load(places + number)
+        _scale_chunk(launch + 4 + number * 4, chunk, tl.load(coefs + place), DTYPE, CHUNK, BLOCK)
+        chunk -= tl.num_programs(0)
 
 
 @triton.jit

@@ -72,8 +72,8 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
 class Gradients:
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``scale_``, ``sanitize_`` and ``clamp_``; the rest follows from them, and a
-    list that knows a shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``norms``, ``scale_``, ``scale_each_``, ``sanitize_`` and ``clamp_``; the rest
+    follows from them, and a list that knows a shorter way for a whole call overrides it.
     """
 
     __slots__ = ()
@@ -85,12 +85,20 @@ class Gradients:
         """What combines with the same of other lists, 0-dim and wide: see arithmetic.py."""
         raise NotImplementedError
 
+    def norms(self, norm_type: float) -> Tensor:
+        """The wide norm of each of :attr:`tensors` alone, (N,)."""
+        raise NotImplementedError
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         """``x *= clip_coef``, a 0-dim wide tensor on any device; with ``zero`` a 0 makes zeros also of inf and NaN."""
         raise NotImplementedError
 
     def sanitize_(self) -> None:
         """``x = 0`` where x is not finite."""
+        raise NotImplementedError
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        """``x *= coefs[i]`` for each of :attr:`tensors`, (N,), wide, on any device."""
         raise NotImplementedError
 
     def clamp_(self, low: float, high: float) -> None:
@@ -186,7 +194,13 @@ class Nothing(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return torch.tensor(0.0)
 
+    def norms(self, norm_type: float) -> Tensor:
+        return torch.zeros(0)
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        pass
+
+    def scale_each_(self, coefs: Tensor) -> None:
         pass
 
     def sanitize_(self) -> None:
@@ -222,6 +236,15 @@ class Foreign(Gradients):
 
     def total_norm(self, norm_type: float) -> Tensor:
         return _torch_get_total_norm(self.tensors, norm_type, False, self.foreach)
+
+    @torch.no_grad()
+    def norms(self, norm_type: float) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(tensor, norm_type) for tensor in self.tensors])
+
+    @torch.no_grad()
+    def scale_each_(self, coefs: Tensor) -> None:
+        for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
+            tensor.mul_(coef.to(tensor.device))
 
     def norm_of(self, clip: Clip) -> Tensor:
         self._check_plain(clip)

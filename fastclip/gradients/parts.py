@@ -32,11 +32,18 @@ class Part(Gradients):
             return self.backend.total_norm(self.tensors, norm_type)
         return self.backend.norm_partial(self.tensors, norm_type)
 
+    def norms(self, norm_type: float) -> Tensor:
+        return self.backend.tensor_norms(self.tensors, norm_type)
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         self.backend.scale_(self.tensors, clip_coef.to(self.tensors[0].device), zero=zero)
 
     def sanitize_(self) -> None:
         self.backend.sanitize_(self.tensors)
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        device = self.tensors[0].device
+        self.backend.scale_each_(self.tensors, coefs.to(device, wide_dtype(device)).contiguous())
 
     def check_clamp(self, low: float, high: float) -> None:
         if torch.compiler.is_compiling():
@@ -80,6 +87,10 @@ class Parts(Gradients):
         members = [each for each in self.members if norm_type >= 0 or each.has_elements()]
         return partial_of(members, norm_type, self.tensors[0])
 
+    def norms(self, norm_type: float) -> Tensor:
+        home = self.tensors[0].device
+        return torch.cat([member.norms(norm_type).to(home, wide_dtype(home)) for member in self.members])
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         for member in self.members:
             member.scale_(clip_coef, zero)
@@ -87,6 +98,11 @@ class Parts(Gradients):
     def sanitize_(self) -> None:
         for member in self.members:
             member.sanitize_()
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        parts = coefs.split([len(member.tensors) for member in self.members])
+        for member, part in zip(self.members, parts, strict=True):
+            member.scale_each_(part)
 
     def check_clamp(self, low: float, high: float) -> None:
         for member in self.members:

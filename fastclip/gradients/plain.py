@@ -38,6 +38,7 @@ class Plain(Gradients):
         self._backend, self._engine, self._views, self.tensors = backend, backend.ENGINE, views, tensors
         self._device = _CPU if device < 0 else torch.device("cuda", device)
         self._dtypes = _SETS[dtypes]
+        self._count = len(tensors)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,12 +55,21 @@ class Plain(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return self._number(self._engine.total_norm, norm_type)
 
+    def norms(self, norm_type: float) -> Tensor:
+        norms = torch.empty(self._count, dtype=torch.float64, device=self._device)
+        self._engine.norms(self._views, norm_type, norms)
+        return norms
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         self._engine.scale_(self._views, self._near(clip_coef), zero)
         _increment_version(self.tensors)
 
     def sanitize_(self) -> None:
         self._engine.sanitize_(self._views)
+        _increment_version(self.tensors)
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        self._engine.scale_each_(self._views, coefs.detach().to(self._device, torch.float64).contiguous().resolve_neg())
         _increment_version(self.tensors)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:

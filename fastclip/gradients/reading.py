@@ -72,6 +72,19 @@ def _only_device_contexts() -> bool:
     return True
 
 
+def is_watched() -> bool:
+    """Whether ops have to be seen: by a compiler, a transform, a mode, the profiler, forward-mode AD."""
+    return (
+        _is_compiling()
+        or _transform() is not None
+        or _is_tracing()
+        or _dispatch_modes() > 0
+        or _is_profiling()
+        or forward_ad._current_level >= 0
+        or (_has_function_modes() and not _only_device_contexts())
+    )
+
+
 def read(
     tensors: Sequence[Tensor], gradients: bool, writes: bool, skip: Sequence[bool] | None = None
 ) -> tuple[Sequence[Section], Sequence[Share]] | None:

@@ -6,6 +6,7 @@ on every rank: one whose shards are empty, or that has fewer gradients or none, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops, distributed
-from ..arithmetic import combine, nothing, root, wide_dtype
+from ..arithmetic import combine, indices, nothing, root, wide_dtype
 from ..distributed import ProcessGroup, Route
 from . import parts
 from .contract import Gradients, Group
@@ -50,6 +51,7 @@ class Sharded(Gradients):
             again = [Section(*section) for section in counted]
             self._counted = [(section.share, parts.members_of(section, foreach, False, symmetric)) for section in again]
         members = [member for _, each in read for member in each]
+        self._members = read
         self._local = members[0] if len(members) == 1 else parts.Parts(members) if members else None
         self.tensors = self._local.tensors if self._local else ()
 
@@ -69,6 +71,43 @@ class Sharded(Gradients):
             like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
         return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, like)
 
+    def norms(self, norm_type: float) -> Tensor:
+        """Each over all ranks that share the tensor: one vector for each route, reduced before the root."""
+        wide = wide_dtype(self.tensors[0].device) if self.tensors else torch.float64
+        norms = self._local.norms(norm_type) if self._local else torch.zeros(0, dtype=wide)
+        # Where in self.tensors the gradient of each slot is, -1 where this rank has none.
+        places = [self._places(i) for i in range(len(self._shares))]
+        partials = []
+        for share, place in zip(self._shares, places, strict=True):
+            held = norms
+            place = [k if k >= 0 and self.tensors[k].numel() > 0 else -1 for k in place]
+            if _is_partial(share):
+                grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
+                held = parts.of_tensors(grads).norms(norm_type).to(norms) if grads else norms[:0]
+                place = _enumerate(share.slots)
+            partial = torch.cat([held, held.new_full((1,), nothing(norm_type))])[indices(place, held.device)]
+            partials.append(partial.square() if norm_type == 2 else partial)
+        routes = [distributed.route(share.mesh, _sharded_dims(share)) for share in self._shares]
+        norms = norms.clone()
+        for place, partial in zip(places, distributed.reduce(partials, routes, norm_type), strict=True):
+            if norm_type == 0:
+                partial = (partial != 0).to(partial.dtype)
+            partial = root(partial, norm_type)
+            if norm_type < 0:
+                partial = torch.where(partial == nothing(norm_type), 0.0, partial)  # no elements on any rank
+            held = [slot for slot, k in enumerate(place) if k >= 0]
+            norms[indices([place[slot] for slot in held], norms.device)] = partial[indices(held, norms.device)]
+        return norms
+
+    def _places(self, i: int) -> list[int]:
+        found: dict[int, list[int]] = {}
+        shares = (share for share, members in self._members for member in members for _ in member.tensors)
+        for k, (share, tensor) in enumerate(zip(shares, self.tensors, strict=True)):
+            if share == i:
+                found.setdefault(id(tensor), []).append(k)
+        slots = [grad if grad is None else _local(grad) for grad in self._shares[i].slots]
+        return [found[id(grad)].pop(0) if id(grad) in found else -1 for grad in slots]
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         if self._local:
             self._local.scale_(clip_coef, zero)
@@ -80,6 +119,10 @@ class Sharded(Gradients):
             )
         if self._local:
             self._local.sanitize_()
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        if self._local:
+            self._local.scale_each_(coefs)
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         if self._local:
@@ -119,8 +162,7 @@ class Sharded(Gradients):
                 grads = [grad if grad is None else _reduce_partial(grad) for grad in grads]
                 reduced = [_local(grad) for grad in grads if grad is not None]
                 members = [parts.of_tensors(reduced)] if reduced else []
-            sharded = tuple(d for d, p in enumerate(share.placements) if not (p.is_replicate() or p.is_partial()))
-            key = share.mesh, sharded
+            key = share.mesh, _sharded_dims(share)
             if key not in found:
                 found[key] = Routed(distributed.route(*key), [], [])
             found[key].members.extend(members)
@@ -168,6 +210,21 @@ def _count(tensor: Tensor) -> Tensor:
 
 def _is_partial(share: Share) -> bool:
     return any(placement.is_partial() for placement in share.placements)
+
+
+def _sharded_dims(share: Share) -> tuple[int, ...]:
+    return tuple(d for d, p in enumerate(share.placements) if not (p.is_replicate() or p.is_partial()))
+
+
+def _enumerate(slots: Sequence[Tensor | None]) -> list[int]:
+    """The number of each slot among those that hold something, -1 for the others."""
+    held = itertools.count()
+    return [-1 if slot is None else next(held) for slot in slots]
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The shard of this rank of a DTensor; any other tensor itself."""
+    return _local(tensor) if type(tensor) is distributed.dtensor_type() else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
     const NormKind kind = norm_kind(norm_type);
     const auto partial = [&](const cpu::Loops& loops) {
       if (kind == NormKind::kPow) return cpu::norm_pow(dtype, x.data, n, norm_type, 1);
-      return loops.norm_partial[d][static_cast<int>(kind)](x.data, n);
+      return loops.norm_partial[d][static_cast<int>(kind)](x.data, n).rounded();
     };
     const double got = partial(isa), expected = partial_of(before, norm_type), scalar = partial(cpu::kLoopsScalar);
     CHECK(close(got, expected) && same(got, scalar), "norm %g, dtype %d, n %ld, misalignment %ld: %a, expected %a, %a",

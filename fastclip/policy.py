@@ -1,0 +1,466 @@
+"""Clips whose bound follows the training: AutoClip, ZClip, AdaGC, and steps skipped on a spike.
+
+A policy is called where ``clip_grad_norm_`` would be. What it remembers lives where the gradients are, and no call
+waits for the device. A norm that is not finite enters no history and no average: it is counted, and the next step goes
+on as if there had been none. Ranks act alike, because what decides is the norm over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import gradients
+from .arithmetic import indices, wide_dtype
+from .functional import _order, _to_bound, _to_number
+
+__all__ = ["AdaGC", "AutoClip", "SkipOnSpike", "ZClip"]
+
+
+class Policy:
+    """What every policy shares. A subclass names its state and computes a coefficient from the norm.
+
+    Attributes:
+        nonfinite_steps: 0-dim, how many norms were not finite.
+        steps: 0-dim, how many were.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Tensor] = {}
+
+    def clip_(self, parameters: Tensor | Iterable[Tensor], *, loss: Tensor | float | None = None) -> Tensor:
+        """Clips the gradients of parameters, in place.
+
+        Args:
+            parameters: a Tensor or an iterable of Tensors whose ``.grad`` is clipped.
+            loss (Tensor or float, optional): of this step, for policies that look at it.
+
+        Returns:
+            Tensor: 0-dim norm before clipping.
+        """
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        read = gradients.of(parameters)
+        if not read.tensors:
+            return read.finish(read.total_norm(2.0), None)
+        with torch.no_grad():
+            return self._clip_(read, parameters, loss)
+
+    def _clip_(self, read: gradients.Gradients, parameters: list[Tensor], loss: Tensor | float | None) -> Tensor:
+        norm = read.total_norm(2.0)
+        read.scale_(self._advance(norm, self._coefficient, norm, loss))
+        return read.finish(norm, None)
+
+    def _initial(self, device: torch.device) -> dict[str, Tensor]:
+        """The state before the first step, beside the counters."""
+        raise NotImplementedError
+
+    def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
+        """The coefficient of the gradients; replaces entries of `state`, never in place."""
+        raise NotImplementedError
+
+    def _advance(self, norm: Tensor, coefficient, *arguments) -> Tensor:
+        """Lets a coefficient be computed, and keeps the state that it made if the norm is finite."""
+        if not self._state:
+            zero = torch.zeros((), dtype=torch.int64, device=norm.device)
+            self._state = {"steps": zero, "nonfinite_steps": zero, **self._initial(norm.device)}
+        old = {name: value.to(norm.device) for name, value in self._state.items()}
+        new = dict(old)
+        coef = coefficient(new, *arguments)
+        finite = norm.isfinite()
+        self._state = {
+            name: value if value is old.get(name) else torch.where(finite, value, self._grown(old[name], value))
+            for name, value in new.items()
+        }
+        self._state["steps"] = old["steps"] + finite
+        self._state["nonfinite_steps"] = old["nonfinite_steps"] + ~finite
+        return coef
+
+    @staticmethod
+    def _grown(old: Tensor, new: Tensor) -> Tensor:
+        if old.shape == new.shape:
+            return old
+        return torch.cat([old, old.new_full((new.numel() - old.numel(),), math.inf)])
+
+    @property
+    def steps(self) -> Tensor:
+        return self._state.get("steps", torch.tensor(0))
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        return self._state.get("nonfinite_steps", torch.tensor(0))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a policy remembers, as tensors: one that loads it goes on as this one would."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state and not {"steps", "nonfinite_steps"} <= state.keys():
+            raise ValueError(f"state: expected what state_dict() of a {type(self).__name__} gave, got {list(state)}")
+        self._state = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._state = {}
+
+
+class AutoClip(Policy):
+    """Clips the norm of all gradients to a percentile of the norms so far.
+
+    The history is kept sorted: a norm is put into its place by a binary search on the device. It takes 8 bytes for
+    each step so far, or 16 for each of ``history`` steps.
+
+    Args:
+        percentile (float): of the norms, from 0 to 100, interpolated linearly.
+        history (int, optional): how many of the latest norms count; None for all.
+        include_current (bool): whether the norm of a step enters before the percentile is taken, as in the paper. If
+            not, the first step has no bound but ``max_norm``.
+        max_norm (float, optional): a bound on top.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight, policy = torch.nn.Parameter(torch.zeros(2)), fastclip.policy.AutoClip(percentile=50.0)
+        >>> for scale in (1.0, 1.0, 10.0):
+        ...     weight.grad = torch.tensor([3.0, 4.0]) * scale
+        ...     norm = policy.clip_([weight])
+        >>> norm, weight.grad
+        (tensor(50.), tensor([3., 4.]))
+
+    Follows Seetharaman et al. (arXiv:2007.14469); the package ``autoclip`` takes quantile 0.9 of the past 1,000, of
+    each parameter by itself.
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        history: int | None = None,
+        include_current: bool = True,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.percentile = _to_bound(percentile, "percentile")
+        if self.percentile > 100:
+            raise ValueError(f"percentile: expected a number from 0 to 100, got {percentile!r}")
+        self.history = None if history is None else _to_count(history, "history")
+        self.include_current = include_current
+        self.max_norm = math.inf if max_norm is None else _to_bound(max_norm, "max_norm")
+        self._most = 0  # calls so far, of which some may not have entered the history
+
+    def _initial(self, device: torch.device) -> dict[str, Tensor]:
+        size = 1024 if self.history is None else self.history
+        state = {"sorted": torch.full((size,), math.inf, dtype=wide_dtype(device), device=device)}
+        if self.history is not None:
+            state["ring"] = state["sorted"]
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._most = int(state["steps"]) if state else 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._most = 0
+
+    def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
+        before = self._percentile(state["sorted"], state["steps"])
+        self._insert(state, norm)
+        bound = self._percentile(state["sorted"], state["steps"] + 1) if self.include_current else before
+        return _plain(bound.clamp(max=self.max_norm), norm)
+
+    def _insert(self, state: dict[str, Tensor], norm: Tensor) -> None:
+        values = state["sorted"]
+        index = torch.arange(len(values) + 1, device=norm.device)
+        if self.history is None:
+            self._most += 1
+            if self._most > len(values):  # twice as much memory, padded with infinity
+                values = self._grown(values, torch.empty(2 * len(values)))
+                index = torch.arange(len(values) + 1, device=norm.device)
+        else:
+            # The oldest makes room; of a ring that is not full it is infinity, the padding.
+            slot = state["steps"] % self.history
+            oldest = state["ring"][slot.reshape(1)]
+            out = torch.searchsorted(values, oldest)
+            values = torch.cat([values, values.new_full((1,), math.inf)])[
+                index[:-1] + (index[:-1] >= out).to(index.dtype)
+            ]
+            state["ring"] = torch.where(index[:-1] == slot, norm, state["ring"])
+        place = torch.searchsorted(values, norm.reshape(1))
+        shifted = values[(index[:-1] - (index[:-1] > place).to(index.dtype)).clamp(min=0)]
+        state["sorted"] = torch.where(index[:-1] == place, norm, shifted)
+
+    def _percentile(self, values: Tensor, steps: Tensor) -> Tensor:
+        """Of the first `steps` values, as many as there are; infinity of none."""
+        count = steps.clamp(max=len(values))
+        at = (count - 1).clamp(min=0).to(values.dtype) * (self.percentile / 100)
+        low = at.floor().to(torch.int64)
+        pair = values[torch.stack([low, torch.minimum(low + 1, (count - 1).clamp(min=0))])]
+        found = torch.where(pair[0] == pair[1], pair[0], torch.lerp(pair[0], pair[1], at - low))
+        return torch.where(count > 0, found, math.inf)
+
+
+class ZClip(Policy):
+    """Clips the norm of all gradients where it stands out from a running mean and variance.
+
+    The first ``warmup_steps`` norms are collected, 8 bytes each, and clipped to ``max_norm``; their mean and population
+    variance start the running ones.
+
+    Args:
+        alpha (float): weight of the past in mean and variance.
+        z_threshold (float): how many standard deviations above the mean a spike is.
+        max_norm (float, optional): a bound on top.
+        warmup_steps (int): finite norms before the first spike can be.
+        mode (str): "zscore", or "percentile", where a spike is clipped to mean + z_threshold deviations.
+        target (str): of "zscore": "adaptive", the lower the larger the spike; or "mean".
+        clip_factor (float): of the adaptive target.
+        skip_on_spike (bool): whether a spike leaves mean and variance as they are.
+        eps (float): added to the standard deviation.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight, policy = torch.nn.Parameter(torch.zeros(1)), fastclip.policy.ZClip(max_norm=None, warmup_steps=4)
+        >>> for grad in (1.0, 2.0, 1.0, 2.0, 50.0):
+        ...     weight.grad = torch.tensor([grad])
+        ...     norm = policy.clip_([weight])
+        >>> norm, weight.grad
+        (tensor(50.), tensor([1.5322]))
+
+    Follows Kumar et al. (arXiv:2504.02507) and their package ``zclip``.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        z_threshold: float = 2.5,
+        max_norm: float | None = 1.0,
+        warmup_steps: int = 25,
+        mode: str = "zscore",
+        target: str = "adaptive",
+        clip_factor: float = 1.0,
+        skip_on_spike: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.alpha, self.z_threshold = _to_fraction(alpha, "alpha"), _to_bound(z_threshold, "z_threshold")
+        self.max_norm = math.inf if max_norm is None else _to_bound(max_norm, "max_norm")
+        self.warmup_steps = _to_count(warmup_steps, "warmup_steps")
+        self.mode, self.target = (
+            _one_of(mode, "mode", "zscore", "percentile"),
+            _one_of(target, "target", "adaptive", "mean"),
+        )
+        self.clip_factor, self.eps = _to_bound(clip_factor, "clip_factor"), _to_bound(eps, "eps")
+        self.skip_on_spike = skip_on_spike
+
+    def _initial(self, device: torch.device) -> dict[str, Tensor]:
+        zero = torch.zeros((), dtype=wide_dtype(device), device=device)
+        return {"mean": zero, "var": zero, "warmup": zero.repeat(self.warmup_steps)}
+
+    def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
+        steps, mean, var = state["steps"], state["mean"], state["var"]
+        warm = steps < self.warmup_steps
+        place = torch.arange(self.warmup_steps, device=norm.device)
+        state["warmup"] = torch.where(place == steps, norm, state["warmup"])
+        std = var.sqrt()
+        z = (norm - mean) / (std + self.eps)
+        limit = mean + self.z_threshold * std
+        if self.mode == "percentile":
+            spike, target = norm > limit, limit
+        else:
+            spike = z > self.z_threshold
+            target = mean
+            if self.target == "adaptive":
+                target = (mean + self.z_threshold * std * self.z_threshold / z) * self.clip_factor
+        spike = spike & ~warm
+        value = torch.where(spike, target, norm)
+        new_mean = self.alpha * mean + (1 - self.alpha) * value
+        new_var = self.alpha * var + (1 - self.alpha) * (value - new_mean).square()
+        if self.skip_on_spike:
+            new_mean, new_var = torch.where(spike, mean, new_mean), torch.where(spike, var, new_var)
+        state["mean"] = torch.where(warm, state["warmup"].mean(), new_mean)
+        state["var"] = torch.where(warm, state["warmup"].var(correction=0), new_var)
+        bound = value.clamp(max=self.max_norm)
+        own = torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))
+        return torch.where(warm, _plain(norm.new_full((), self.max_norm), norm), own)
+
+
+class AdaGC(Policy):
+    """Clips each gradient by a running average of its own clipped norms.
+
+    In the first ``warmup_steps`` all gradients together are clipped to ``max_norm``, and each gradient's average starts
+    as the least of its norms; a norm of 0, of a tensor that was not used, starts none. It takes 8 bytes for each
+    parameter.
+
+    Args:
+        max_norm (float): of all gradients, during warm-up.
+        ratio (float): how far above its average a norm may be.
+        beta (float): weight of the past in the average.
+        warmup_steps (int): finite norms before the first clip of a gradient by itself.
+        eps (float): added to norms that are divided by.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight, policy = torch.nn.Parameter(torch.zeros(2)), fastclip.policy.AdaGC(warmup_steps=1)
+        >>> for scale in (1.0, 100.0):
+        ...     weight.grad = torch.tensor([0.3, 0.4]) * scale
+        ...     norm = policy.clip_([weight])
+        >>> norm, weight.grad
+        (tensor(50.), tensor([0.3120, 0.4160]))
+
+    Follows Wang et al. (arXiv:2502.11034) and their code; ``pytorch_optimizer`` has other defaults.
+    """
+
+    def __init__(
+        self,
+        max_norm: float = 1.0,
+        ratio: float = 1.04,
+        beta: float = 0.99,
+        warmup_steps: int = 100,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.max_norm, self.ratio = _to_bound(max_norm, "max_norm"), _to_bound(ratio, "ratio")
+        self.beta, self.eps = _to_fraction(beta, "beta"), _to_bound(eps, "eps")
+        self.warmup_steps = _to_count(warmup_steps, "warmup_steps", least=0)
+        self._parameters = 0
+
+    def _initial(self, device: torch.device) -> dict[str, Tensor]:
+        return {"average": torch.full((self._parameters,), math.inf, dtype=wide_dtype(device), device=device)}
+
+    def _clip_(self, read: gradients.Gradients, parameters: list[Tensor], loss: Tensor | float | None) -> Tensor:
+        known = self._state.get("average")
+        if known is not None and len(known) != len(parameters):
+            raise ValueError(f"parameters: expected the same {len(known)} at every step, got {len(parameters)}")
+        self._parameters = len(parameters)
+        held = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        order = _order(read, [parameters[i].grad for i in held])
+        norms = read.norms(2.0)
+        if order is not None:
+            order = indices(order, norms.device)
+            norms = norms[order]
+        norm = torch.linalg.vector_norm(norms)
+        coefs = self._advance(norm, self._coefficients, norm, norms, held)
+        if order is not None:
+            coefs = torch.empty_like(coefs).index_copy_(0, order, coefs)
+        read.scale_each_(coefs)
+        return read.finish(norm, None)
+
+    def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, held: list[int]) -> Tensor:
+        warm = state["steps"] < self.warmup_steps
+        whole = len(held) == len(state["average"])
+        place = None if whole else indices(held, norm.device)
+        average = state["average"] if whole else state["average"][place]
+        together = (self.max_norm / (norm + self.eps)).clamp(max=1.0)
+        bound = self.ratio * average
+        above = norms > bound
+        own = torch.where(above, bound / (norms + self.eps), torch.where(norms.isnan(), norms, 1.0))
+        least = torch.where(norms > 0, torch.minimum(average, norms * together), average)
+        value = torch.where(above, bound, norms)
+        running = torch.where(average == math.inf, least, self.beta * average + (1 - self.beta) * value)
+        updated = torch.where(warm, least, running)
+        state["average"] = updated if whole else state["average"].index_copy(0, place, updated)
+        return torch.where(warm, together, own)
+
+
+class SkipOnSpike(Policy):
+    """Says which steps to skip: those whose norm, or loss, stands out from the latest ones.
+
+    Gradients stay as they are, or are clipped to ``max_norm``. It takes 8 bytes for each of ``window`` steps, and as
+    much for losses.
+
+    Args:
+        window (int): how many of the latest finite norms count.
+        sigma (float): how many sample standard deviations above their mean a spike is.
+        min_history (int): norms before the first step can be skipped for a spike; one whose norm is not finite always
+            is.
+        max_norm (float, optional): bound of the norm of all gradients.
+
+    Attributes:
+        skip: 0-dim float32, on the device of the gradients: 1 if this step is to be skipped. torch's fused optimizers
+            read it: ``optimizer.found_inf = policy.skip`` before ``optimizer.step()``.
+
+    Example:
+        >>> import torch, fastclip
+        >>> weight, policy = torch.nn.Parameter(torch.zeros(1)), fastclip.policy.SkipOnSpike(min_history=4)
+        >>> for grad in (1.0, 1.1, 0.9, 1.0, 7.0):
+        ...     weight.grad = torch.tensor([grad])
+        ...     norm = policy.clip_([weight])
+        >>> norm, policy.skip
+        (tensor(7.), tensor(1.))
+
+    Follows OLMo-core's SkipStepOptimizer, whose window also takes norms that are not finite. With a ``loss`` all ranks
+    of the default process group agree, by one reduction.
+    """
+
+    def __init__(
+        self, window: int = 128, sigma: float = 6.0, min_history: int = 64, max_norm: float | None = None
+    ) -> None:
+        super().__init__()
+        self.window, self.sigma = _to_count(window, "window", least=2), _to_bound(sigma, "sigma")
+        self.min_history = _to_count(min_history, "min_history", least=2)
+        if self.min_history > self.window:
+            raise ValueError(f"min_history: expected at most window, {self.window}, got {min_history!r}")
+        self.max_norm = math.inf if max_norm is None else _to_bound(max_norm, "max_norm")
+        self.skip = torch.zeros(())
+
+    def reset(self) -> None:
+        super().reset()
+        self.skip = torch.zeros_like(self.skip)
+
+    def _initial(self, device: torch.device) -> dict[str, Tensor]:
+        empty = torch.full((self.window,), math.nan, dtype=wide_dtype(device), device=device)
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        return {"norms": empty, "losses": empty, "loss_steps": zero}
+
+    def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
+        skip = self._is_spike(state["norms"], state["steps"], norm) | ~norm.isfinite()
+        state["norms"] = self._put(state["norms"], state["steps"], norm)
+        if loss is not None:
+            loss = loss.detach().to(norm) if isinstance(loss, Tensor) else norm.new_full((), float(loss))
+            loss = loss.reshape(())
+            skip = skip | self._is_spike(state["losses"], state["loss_steps"], loss) | ~loss.isfinite()
+            known = loss.isfinite()
+            losses = self._put(state["losses"], state["loss_steps"], loss)
+            state["losses"] = torch.where(known, losses, state["losses"])
+            state["loss_steps"] = state["loss_steps"] + known
+        skip = skip.to(torch.float32)
+        if loss is not None and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(skip, dist.ReduceOp.MAX)
+        self.skip = skip
+        return _plain(norm.new_full((), self.max_norm), norm)
+
+    def _put(self, values: Tensor, steps: Tensor, value: Tensor) -> Tensor:
+        return torch.where(torch.arange(self.window, device=values.device) == steps % self.window, value, values)
+
+    def _is_spike(self, values: Tensor, steps: Tensor, value: Tensor) -> Tensor:
+        """One-sided, against the window without the newest value."""
+        held = torch.arange(self.window, device=values.device) < steps
+        count = steps.clamp(max=self.window)
+        mean = torch.where(held, values, 0.0).sum() / count
+        var = torch.where(held, values - mean, 0.0).square().sum() / (count - 1)
+        return (count >= self.min_history) & (value > mean + self.sigma * var.sqrt())
+
+
+def _plain(bound: Tensor, norm: Tensor) -> Tensor:
+    """The coefficient of ``clip_grad_norm_``; 1 where there is no bound."""
+    return torch.where(bound == math.inf, 1.0, (bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _to_count(value: object, argument: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _to_fraction(value: object, argument: str) -> float:
+    number = _to_number(value, argument)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{argument}: expected a number from 0 to 1, got {value!r}")
+    return number
+
+
+def _one_of(value: object, argument: str, *known: str) -> str:
+    if value not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
