@@ -273,6 +273,9 @@ struct Failing {
 };
 Outcome run(const std::string& op, const std::vector<StableIValue>& arguments, Failing failing = {}) {
   std::vector<StableIValue> stack = arguments;
+  // The defaults of what is not given: zero=False; nonfinite=0, found_inf=None, inv_scale=None before the dtype.
+  if (op == "scale_" && stack.size() == 2) stack.push_back(0);
+  if (op == "clip_grad_norm_" && stack.size() == 4) stack.insert(stack.end() - 1, 3, 0);
   Outcome outcome;
   const bool returns = op == "norm_partial" || op == "clip_grad_norm_";
   const auto kernel = fake::kernels.at(op);
@@ -472,6 +475,7 @@ void check_failures() {
   };
   fail_each("norm_partial", [] { return std::vector{number(2)}; });
   fail_each("scale_", [] { return std::vector{fake::handle_of(scalar(0.999))}; });
+  fail_each("sanitize_", [] { return std::vector<StableIValue>(); });
   fail_each("clamp_", [] { return std::vector{number(-1), number(1)}; });
   fail_each("clip_grad_norm_", [] { return std::vector{number(0.1), number(2), optional(fake::kFloat32)}; });
 }
