@@ -25,7 +25,7 @@ COMPILER = """#!/bin/sh
 case "$*" in
   *-dumpmachine*) echo {target} ;;
   *--version*) echo "a compiler 1.0" ;;
-  *) for word; do printf '%s\\n' "$word" >> "{log}"; done
+  *) printf '%s\\n' "$@" >> "{log}"  # at once: several run beside each other
      while [ "$1" != -o ]; do shift; done; : > "$2" ;;
 esac
 """
