@@ -141,14 +141,14 @@ struct Builtins {
   static python::Owned norms(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
     const double norm_type = arguments.to_double(1);
-    double* const norms = numbers_of(arguments[2], tensors);
+    double* const norms = numbers_of(arguments[2], size_of(tensors));
     return run(tensors, [&] { kEngine.norms(tensors, norm_type, norms); });
   }
 
   // scale_each_(tensors, coefs)
   static python::Owned scale_each_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double* const coefs = numbers_of(arguments[1], tensors);
+    const double* const coefs = numbers_of(arguments[1], size_of(tensors));
     return run(tensors, [&] { kEngine.scale_each(tensors, coefs); });
   }
 
@@ -193,6 +193,29 @@ struct Builtins {
     return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
   }
 
+  // So many float64 numbers in a row, in the memory of the engine's device.
+  static double* numbers_of(PyObject* row, int64_t size) {
+    dlpack::Tensor dl;
+    python::check(dlpack::exchange->from_object(row, &dl));
+    Dtype dtype{};
+    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
+        !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
+      throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
+                               " elements");
+    return static_cast<double*>(dl.data());
+  }
+
+  template <class Pass>
+  static python::Owned run(const Tensors& tensors, const Pass& pass) {
+    if (tensors.bytes < kShort) {
+      pass();
+    } else {
+      const python::WithoutGil released;
+      pass();
+    }
+    return python::retain(python::none());
+  }
+
   static python::Owned all() {
     static PyMethodDef methods[] = {
         python::method<norm_partial>("norm_partial"),
@@ -219,32 +242,9 @@ struct Builtins {
     return number;
   }
 
-  // A float64 number for each tensor, in a row, in the memory of the engine's device.
-  static double* numbers_of(PyObject* row, const Tensors& tensors) {
-    dlpack::Tensor dl;
-    python::check(dlpack::exchange->from_object(row, &dl));
-    const int64_t size = static_cast<int64_t>(tensors.views.size());
-    Dtype dtype{};
-    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
-        !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
-      throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
-                               " elements");
-    return static_cast<double*>(dl.data());
-  }
-
+  static int64_t size_of(const Tensors& tensors) { return static_cast<int64_t>(tensors.views.size()); }
   // Taking the GIL back from a busy thread costs more than to pass over this many bytes.
   static constexpr int64_t kShort = 1 << 20;
-
-  template <class Pass>
-  static python::Owned run(const Tensors& tensors, const Pass& pass) {
-    if (tensors.bytes < kShort) {
-      pass();
-    } else {
-      const python::WithoutGil released;
-      pass();
-    }
-    return python::retain(python::none());
-  }
 };
 
 }  // namespace fastclip

@@ -25,6 +25,8 @@ struct Loops {
   void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
   // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.
   bool (*clamp[kNumDtypes])(void* x, int64_t n, double lo, double hi);
+  // sum += coefs[0] * x[0] + ..., in that order and in the opmath type of the dtype, over `count` rows of n elements.
+  void (*add_scaled[kNumDtypes])(void* sum, const void* const* x, const double* coefs, int64_t count, int64_t n);
 };
 
 extern const Loops kLoopsScalar;

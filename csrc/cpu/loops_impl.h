@@ -39,7 +39,10 @@ struct Scalar {
     return to_double(*x);
   }
   static void store(double* lanes, double x) { *lanes = x; }
-  static double add(double a, double b) { return a + b; }
+  template <class A>
+  static A add(A a, A b) {
+    return a + b;
+  }
   static double sub(double a, double b) { return a - b; }
   static double abs(double x) { return std::fabs(x); }
   static double add_square(double sum, double x) { return sum + x * x; }
@@ -288,6 +291,34 @@ bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
   return changed;
 }
 
+template <int kRows, class V, class T>
+void add_rows(opmath_t<T>* sum, const void* const* rows, const double* coefs, int64_t n) {
+  const T* x[kRows];
+  opmath_t<T> c[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = static_cast<const T*>(rows[r]);
+    c[r] = static_cast<opmath_t<T>>(coefs[r]);
+  }
+  int64_t i = 0;
+  for (; i + V::template width<T> <= n; i += V::template width<T>) {
+    auto total = V::load_opmath(sum + i);
+    for (int r = 0; r < kRows; ++r) total = V::add(total, V::mul(V::load_opmath(x[r] + i), V::broadcast(c[r])));
+    V::store_opmath(sum + i, total);
+  }
+  for (; i < n; ++i)
+    for (int r = 0; r < kRows; ++r) sum[i] += Scalar::load_opmath(x[r] + i) * c[r];
+}
+
+// The sums are read and written once for every four rows.
+template <class V, class T>
+void add_scaled(void* sum, const void* const* x, const double* coefs, int64_t count, int64_t n) {
+  constexpr int kRows = 4;
+  auto* const sums = static_cast<opmath_t<T>*>(sum);
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) add_rows<kRows, V, T>(sums, x + r, coefs + r, n);
+  for (; r < count; ++r) add_rows<1, V, T>(sums, x + r, coefs + r, n);
+}
+
 template <class V, class T>
 constexpr void fill(Loops& loops, Dtype dtype) {
   const int d = static_cast<int>(dtype);
@@ -303,6 +334,7 @@ constexpr void fill(Loops& loops, Dtype dtype) {
   loops.norm_partial[d][static_cast<int>(NormKind::kCount)] = norm_any<T>;
   loops.scale[d] = scale<V, T>;
   loops.clamp[d] = clamp<V, T>;
+  loops.add_scaled[d] = add_scaled<V, T>;
 }
 
 template <class V>

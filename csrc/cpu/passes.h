@@ -32,4 +32,10 @@ void sanitize(const std::vector<TensorView>& tensors);
 // The bounds have passed check_bound.
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi);
 
+// sums[k] = the sum of the examples of tensor k, each clipped to max_norm by its norm over all tensors, or with
+// `per_layer` over one; norms receives those. The examples come tensor after tensor, as many of each, with the layout
+// of its sum.
+void clipped_sums(const std::vector<TensorView>& examples, const std::vector<TensorView>& sums, double max_norm,
+                  bool per_layer, double* norms);
+
 }  // namespace fastclip::cpu

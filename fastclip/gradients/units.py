@@ -26,6 +26,18 @@ class Units(Plain):
         super().__init__(backend, views, tensors, device, 0)
         self._count = count
 
+    def clipped_sums(self, max_norm: float, per_layer: bool) -> tuple[list[Tensor], Tensor] | None:
+        """Of units that are the examples of each tensor: their sums, each clipped, and their norms, of all tensors or
+        of each; None where the engine has no pass for it.
+        """
+        if not hasattr(self._engine, "clipped_sums") or self.tensors[0].shape[0] == 0:
+            return None
+        sums = [torch.empty_like(tensor[0]) for tensor in self.tensors]
+        norms = torch.empty(self._count if per_layer else self.tensors[0].shape[0], dtype=torch.float64)
+        views, _, _ = _ops.units(sums, [0] * len(sums), False)
+        self._engine.clipped_sums(self._views, views, max_norm, per_layer, norms)
+        return sums, norms.reshape(len(sums) if per_layer else 1, -1)
+
 
 class TorchUnits:
     """The same in torch's ops, which know every layout, dtype and subclass."""
