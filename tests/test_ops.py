@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastclip
 import reference
 from cases import grid, parameters
+from fastclip._dispatch import BACKENDS
 
 OPS = torch.ops.fastclip
 SCHEMAS = {
@@ -57,6 +58,13 @@ def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name):
     assert str(getattr(OPS, name).default._schema) == SCHEMAS[name]
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_every_backend_has_every_op(backend_name):
+    # What a list of a GPU needs is looked up only there: under a mode, or beside other lists.
+    names = vars(BACKENDS[backend_name])
+    assert set(SCHEMAS) <= names.keys() | names.get("_KERNELS", {}).keys()
 
 
 # torch >= 2.14: its own check reads the .grad of a tensor that is not a leaf.
