@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from . import bars, charts, providers, report
-from .cases import REGIMES, Case, cases, gpu_cases
+from .cases import EACH, REGIMES, Case, cases, gpu_cases
 from .run import run_case
 from .timing import Plan
 
 _FULL = Plan(budget_s=6.0, least=7, most=300)
 _QUICK = Plan(budget_s=0.15, least=3, most=30)
+_DEFAULT = [regime.name for regime in REGIMES]
 _GPU = Plan(budget_s=1.0, least=7, most=100)
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     listed = _cases(options.device, options.quick)
     chosen = {name: case for name, case in listed.items() if name in (options.case or name)}
-    regimes = [regime for regime in REGIMES if regime.name in (options.regime or regime.name)]
+    regimes = [regime for regime in (*REGIMES, *EACH) if regime.name in (options.regime or _DEFAULT)]
     everyone = providers.available(device)
     preferred = next(provider for provider in everyone if provider.gated)
     measured = [provider for provider in everyone if provider.name in (options.provider or provider.name)]
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in chosen.values():
             print(report.case_title(_entry(case)))
         print("regimes:", ", ".join(f"{regime.name} ({regime.what})" for regime in regimes))
+        print("where named, too:", ", ".join(f"{regime.name} ({regime.what})" for regime in EACH))
         print("providers:", ", ".join(provider.name for provider in everyone))
         return 0
     if options.threads:
@@ -145,7 +147,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="only this case; repeatable",
     )
-    names = [regime.name for regime in REGIMES]
+    names = [regime.name for regime in (*REGIMES, *EACH)]
     add("--regime", action="append", choices=names, metavar="NAME", help="only this regime; repeatable")
     everyone = [provider.name for provider in providers.available(torch.device(device))]
     add("--provider", action="append", choices=everyone, metavar="NAME", help="only this provider; repeatable")
