@@ -165,6 +165,17 @@ def test_saved_run_has_table_chart_and_bars(tmp_path, monkeypatch, capsys):
     verdicts = [bar["verdict"] for bar in json.loads(rows.read_text())["bars"]]
     assert verdicts == ["miss", "not measured"]
     assert "not measured" in capsys.readouterr().out
+    assert main([*ONE_ROUND_EACH, "--regime", "norm-clip", "--bars"]) == 0
+    assert "miss" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_has_written_what_it_knew(tmp_path, monkeypatch):
+    runs = iter([run.run_case, _raise])
+    monkeypatch.setattr("fastclip.bench.run_case", lambda *arguments: next(runs)(*arguments))
+    path = tmp_path / "rows.json"
+    with pytest.raises(RuntimeError, match="out of order"):
+        main([*ONE_ROUND_EACH, "--case", "1000-tiny", "--regime", "total-norm", "--json", str(path)])
+    assert {row["case"] for row in json.loads(path.read_text())["rows"]} == {"lstm"}
 
 
 def test_tables_without_rich(monkeypatch, capsys):

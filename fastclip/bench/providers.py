@@ -80,7 +80,27 @@ def _others() -> list[Provider]:
 
         clip = partial(_clip_with_multi_tensor, optimizers)
         found.append(Provider("TransformerEngine", SimpleNamespace(clip_grad_norm_=clip), gated=False))
+    with contextlib.suppress(ImportError):  # likewise
+        from nemo_automodel.components.training.triton.grad_norm import multi_tensor_sumsq
+
+        clip = partial(_clip_with_sum_of_squares, multi_tensor_sumsq)
+        found.append(Provider("NeMo Automodel", SimpleNamespace(clip_grad_norm_=clip), gated=False))
     return found
+
+
+def _clip_with_sum_of_squares(
+    sum_of_squares: Any, parameters: list[torch.nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """A fused norm, and torch's foreach for the rest, as in NeMo Automodel."""
+    grads = [parameter.grad for parameter in parameters]
+    total_norm = sum_of_squares(grads).sqrt()
+    clip_coef = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for grad in grads:
+        by_dtype.setdefault(grad.dtype, []).append(grad)
+    for group in by_dtype.values():
+        torch._foreach_mul_(group, clip_coef)
+    return total_norm
 
 
 def _clip_with_multi_tensor(optimizers: Any, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
