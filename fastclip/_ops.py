@@ -232,7 +232,7 @@ units = _reader and _reader.units
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
+    """The instruction set of the CPU kernels, "scalar", "avx2", "avx512" or "neon"; None without the library."""
     return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()
 
 
