@@ -32,18 +32,21 @@ BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_whee
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffunction-sections", "-Wall", "-Wextra"]
 # After the user's own flags: NaN, infinities and the order of additions are part of what the kernels promise.
 VALUE_FLAGS = ["-fno-fast-math", "-ffp-contract=off"]
-X86_ISA_FLAGS = {
-    "loops_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "loops_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+# The files of one ISA each, by the machine that has it, and what it takes to compile them.
+ISA_FLAGS = {
+    "x86_64": {
+        "loops_avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "loops_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    },
+    "aarch64": {"loops_neon": []},
 }
 CUDA_ARCHS = ["80", "90", "100", "120"]
 
 
 def cxx_sources():
     sources = sorted(p.relative_to(ROOT).as_posix() for p in (*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")))
-    if target_is_x86():
-        return sources
-    return [source for source in sources if Path(source).stem not in X86_ISA_FLAGS]
+    others = {stem for machine, stems in ISA_FLAGS.items() if machine != target_machine() for stem in stems}
+    return [source for source in sources if Path(source).stem not in others]
 
 
 def cuda_sources():
@@ -89,10 +92,6 @@ def target():
 
 def target_machine():
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name := target().partition("-")[0].lower(), name)
-
-
-def target_is_x86():
-    return target_machine() == "x86_64"
 
 
 def platform_tag(host):
@@ -208,7 +207,7 @@ def build_ninja(libraries):
         f"  command = {ninja_words(cxx())} -shared -nostdlib -x c {os.devnull} -Wl,-soname,libtorch.so -o $out",
         *(f"build {library}: stub" for library in stub),
     ]
-    compiled = set()
+    compiled, isa_flags = set(), ISA_FLAGS.get(target_machine(), {})
     for library in libraries:
         objects, libs = [], []
         if any(source.endswith(".cu") for source in library.sources):
@@ -221,7 +220,7 @@ def build_ninja(libraries):
                 continue
             compiled.add(source)
             lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {source}")
-            lines.append(f"  isa_flags = {' '.join(X86_ISA_FLAGS.get(Path(source).stem, []))}")
+            lines.append(f"  isa_flags = {' '.join(isa_flags.get(Path(source).stem, []))}")
         lines.append(f"build {BUILD}/{library_file(library)}: link {' '.join(objects)} | {' '.join(stub)}")
         lines.append(f"  libs = {ninja_words(libs)}")
     return "\n".join([*lines, ""])

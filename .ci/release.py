@@ -1,4 +1,4 @@
-"""Builds a release from the last commit: release.py [--out DIR] [--twice] [--trial] [KIND ...]
+"""Builds a release from the last commit: release.py [--out DIR] [--tag TAG] [--twice] [--trial] [KIND ...]
 
 The kinds are sdist, and from it x86_64 and aarch64 (manylinux wheels) and pure (Python alone); without names all.
 Each is checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in
@@ -63,15 +63,20 @@ def version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "fastclip/__init__.py").read_text(), re.MULTILINE)[1]
 
 
+def check_tags(tags: list[str]) -> None:
+    """The version stands in fastclip/__init__.py alone: where a tag says otherwise, one of the two is a mistake."""
+    for tag in tags:
+        if tag != f"v{version()}":
+            sys.exit(f"release: the tag is {tag}, and the version in fastclip/__init__.py {version()}")
+
+
 def commit(trial: bool) -> str:
     """What a release is made of: the last commit, or for a trial what `git stash` would keep of the working tree."""
     if trial:
         return run("git", "stash", "create").strip() or "HEAD"
     if changed := run("git", "status", "--porcelain").strip():
         sys.exit(f"release: is made from a commit, but these files differ from the last one:\n{changed}")
-    tags = [tag for tag in run("git", "tag", "--points-at", "HEAD").split() if tag.startswith("v")]
-    if tags and tags != [f"v{version()}"]:
-        sys.exit(f"release: the commit has the tag {tags[0]}, fastclip/__init__.py the version {version()}")
+    check_tags([tag for tag in run("git", "tag", "--points-at", "HEAD").split() if re.match(r"v\d", tag)])
     return "HEAD"
 
 
@@ -177,6 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the files (default: dist)")
+    parser.add_argument("--tag", help="what this is released as, which has to be the version in fastclip/__init__.py")
     parser.add_argument("--twice", action="store_true", help="build again in another folder: the same bytes?")
     parser.add_argument(
         "--trial", action="store_true", help="with changed files, and where nvcc is missing without CUDA"
@@ -184,6 +190,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"no kind of release: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    check_tags([options.tag] if options.tag else [])
     revision = commit(options.trial)
     cuda = not options.trial or bool(find_nvcc())
     # What zip and tar files record beside the contents: the time of the commit, and permissions without this user's.

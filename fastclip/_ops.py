@@ -91,7 +91,7 @@ def _untraced(function: Callable) -> Callable:
     return function
 
 
-def _bump_versions(op: torch._ops.OpOverload):
+def _bump_versions(op: torch._ops.OpOverload) -> Callable:
     names = [argument.name for argument in op._schema.arguments[1:]]
     found_inf = names.index("found_inf") if "found_inf" in names else len(names)
 
@@ -225,19 +225,22 @@ _reader = builtins_of(cpu_library, "reader", torch._C.TensorBase, Tensor, torch.
 if _reader:
     # A finalizer may give a tensor other memory: after a collection the addresses are compared.
     gc.callbacks.append(_reader.count_collection)
-# read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp.
-read = _reader and _reader.read
+# read(list, gradients, writes, versions, cpu, cuda, dtensor, skip) -> (sections, shares) or None: csrc/reader.cpp. Who
+# has no compiled engine does not ask it.
+read: Callable[..., tuple[list, list] | None] = _reader and _reader.read  # type: ignore[assignment]
 # units(list, kept, versions) -> (views, count, device) or None, in the same file.
-units = _reader and _reader.units
+units: Callable[..., tuple[object, int, int] | None] | None = _reader.units if _reader else None
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the CPU kernels: "scalar", "avx2" or "avx512"; None without the compiled library."""
+    """The instruction set of the CPU kernels, "scalar", "avx2", "avx512" or "neon"; None without the library."""
     return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()
 
 
 @functools.cache
 def cuda_unsupported(device: int) -> str | None:
     """Why the CUDA kernels cannot run on a device; None where they can."""
+    if cuda_library is None:
+        return cuda_unavailable
     reason = cuda_library.fastclip_cuda_unsupported(device)
     return None if reason is None else reason.decode()

@@ -25,11 +25,13 @@ def use_in_megatron(clip_grads: ModuleType) -> None:
         >>> clip_grads.l2_norm_impl is fastclip.adapters.multi_tensor_l2norm
         True
     """
-    clip_grads.multi_tensor_applier = multi_tensor_applier
-    clip_grads.l2_norm_impl = multi_tensor_l2norm
-    clip_grads.multi_tensor_scale_impl = multi_tensor_scale
-    # With it Megatron keeps norm and coefficient on the device, and does not wait for them.
-    clip_grads.multi_tensor_scale_tensor_impl = multi_tensor_scale_tensor
+    vars(clip_grads).update(
+        multi_tensor_applier=multi_tensor_applier,
+        l2_norm_impl=multi_tensor_l2norm,
+        multi_tensor_scale_impl=multi_tensor_scale,
+        # With it Megatron keeps norm and coefficient on the device, and does not wait for them.
+        multi_tensor_scale_tensor_impl=multi_tensor_scale_tensor,
+    )
 
 
 def multi_tensor_applier(
@@ -72,8 +74,8 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Sequenc
     Raises:
         ValueError: the lists differ in length or in a shape; nothing is written.
     """
-    scale = torch.tensor(scale, dtype=torch.float64, device=noop_flag.device)
-    multi_tensor_scale_tensor(chunk_size, noop_flag, tensor_lists, scale)
+    factor = torch.tensor(scale, dtype=torch.float64, device=noop_flag.device)
+    multi_tensor_scale_tensor(chunk_size, noop_flag, tensor_lists, factor)
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def multi_tensor_scale_tensor(
         return
     scale = scale.detach().double().reshape(())
     largest = gradients.of_tensors(sources).norm_partial(math.inf)
-    written = gradients.of_tensors(targets, writes=True)
+    written: gradients.Gradients | None = gradients.of_tensors(targets, writes=True)
     wides = [torch.promote_types(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)]
     in_place = [target for target, wide in zip(targets, wides, strict=True) if wide == target.dtype]
     if len(in_place) < len(targets):

@@ -6,6 +6,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def clip_grad_norm_(
     parameters = as_list(parameters)
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
-    options = ()
+    options: tuple[()] | tuple[int, Tensor | None, float | Tensor | None] = ()
     if nonfinite != "propagate" or found_inf is not None or inv_scale is not None:
         options = _options(nonfinite, found_inf, inv_scale, error_if_nonfinite)
         error_if_nonfinite = error_if_nonfinite or nonfinite == "raise"
@@ -302,7 +303,7 @@ def as_list(parameters: Tensor | Iterable[Tensor], warn: bool = True) -> Sequenc
     return parameters
 
 
-def _to_float(value: object, argument: str) -> float:
+def _to_float(value: SupportsFloat, argument: str) -> float:
     try:
         return float(value.detach() if isinstance(value, Tensor) else value)
     # Whatever the caller's number raises is raised again, with the name of the argument.

@@ -14,10 +14,12 @@ from torch import Tensor
 from .arithmetic import combine, is_power, nothing
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-# Absent from a torch that was built without torch.distributed.
-ProcessGroup = getattr(dist, "ProcessGroup", object)
+    from torch.distributed.tensor import DTensor
+else:
+    # Absent from a torch that was built without torch.distributed.
+    ProcessGroup = getattr(dist, "ProcessGroup", object)
 
 
 class Route(NamedTuple):
@@ -48,7 +50,7 @@ def reduce(partials: Sequence[Tensor], routes: Sequence[Route], norm_type: float
         # Several collectives become one, in which each replica but the first counts for nothing.
         for i, route in enumerate(routes):
             if route.groups:
-                groups[i] = (dist.group.WORLD,)
+                groups[i] = (dist.group.WORLD,)  # type: ignore[assignment]  # it is there, where its parts are
                 if route.is_replica:
                     partials[i] = torch.full_like(partials[i], nothing(norm_type))
     for group in dict.fromkeys(group for each in groups for group in each):
@@ -104,7 +106,7 @@ def as_groups(process_group: ProcessGroup | Iterable[ProcessGroup] | None) -> li
     return groups
 
 
-def dtensor_type() -> type[Tensor] | None:
+def dtensor_type() -> type[DTensor] | None:
     # Who has not imported the module has no DTensors, and its import takes long.
     module = sys.modules.get("torch.distributed.tensor")
     return None if module is None else getattr(module, "DTensor", None)
@@ -112,7 +114,8 @@ def dtensor_type() -> type[Tensor] | None:
 
 def full(total_norm: Tensor) -> Tensor:
     """A norm as a plain tensor, reduced if it was not yet."""
-    if type(total_norm) is not dtensor_type():
+    dtensor = dtensor_type()
+    if dtensor is None or type(total_norm) is not dtensor:
         return total_norm
     replicated = all(p.is_replicate() for p in total_norm.placements)
     return total_norm._local_tensor if replicated else total_norm.full_tensor()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from . import _ops, clip, gradients
 from .distributed import Route
 from .gradients import Routed, reduced_norm
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
-def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
+
+def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clips the norm of all gradients of a FullyShardedDataParallel model together, in place.
 
     Args:
@@ -51,7 +55,9 @@ def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2
         members = [gradients.of_tensors(held, writes=True)] if held else []
         # An unsharded gradient counts once; that of the largest may differ by rank.
         shared = is_sharded or math.isinf(norm_type)
-        routed.append(Routed(Route((self.process_group,) if shared else ()), members, slots if is_sharded else None))
+        groups = (self.process_group,) if shared else ()
+        route = Route(groups)  # type: ignore[arg-type]  # None is the group of a model that is not initialised
+        routed.append(Routed(route, members, slots if is_sharded else None))
         grads += members
     total_norm = reduced_norm(routed, norm_type, (), like)
     for each in grads:
@@ -66,12 +72,13 @@ def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2
     return total_norm.float()
 
 
-def _parameters(model: torch.nn.Module) -> list[tuple[list[Tensor], bool]]:
+def _parameters(model: FullyShardedDataParallel) -> list[tuple[list[Tensor], bool]]:
     """The parameters of which each rank has a shard, and those which each has whole; equally many on all ranks."""
     found: dict[Tensor, bool] = {}
     for handle in model._all_handles:
-        owned: Iterable[Tensor] = handle.flat_param._params if handle._use_orig_params else [handle.flat_param]
-        for parameter in owned:
+        flat = handle.flat_param
+        owned: Iterable[Tensor] | None = flat._params if handle._use_orig_params else [flat]
+        for parameter in owned:  # type: ignore[union-attr]  # a handle that uses them has them
             found.setdefault(parameter, handle.uses_sharded_strategy)
     for parameter in model.parameters():
         found.setdefault(parameter, False)  # not managed by FSDP

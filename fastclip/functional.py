@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -310,7 +311,7 @@ def adaptive_clip_grad_(
         raise ValueError(f"unit: expected 'output', 'tensor' or a function, got {unit!r}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     chosen = [p for p in parameters if p.grad is not None and not (exclude is not None and exclude(p))]
-    grads = [p.grad for p in chosen]
+    grads = [grad for p in chosen if (grad := p.grad) is not None]
     if not chosen:
         return
     dims = [_unit_dims(unit, p) for p in chosen]
@@ -412,10 +413,10 @@ def _as_tensors(tensors: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else [tensor for tensor in tensors if tensor is not None]
 
 
-def _read(tensors: list[Tensor], **options: bool) -> gradients.Gradients:
+def _read(tensors: Sequence[Tensor], *, writes: bool = True, symmetric: bool = True) -> gradients.Gradients:
     """Reads tensors that are meant themselves. What the compiled engines take needs no second look."""
     try:
-        read = gradients.of(tensors, gradients=False, **options)
+        read = gradients.of(tensors, gradients=False, writes=writes, symmetric=symmetric)
     except (AttributeError, RuntimeError):  # raised again, unless there is an error that says more
         _check_floating(tensors)
         raise
@@ -432,7 +433,7 @@ def _check_floating(tensors: Sequence[Tensor]) -> None:
             raise TypeError(f"tensors[{i}]: expected a floating-point or complex dtype, got {tensor.dtype}")
 
 
-def _to_number(value: object, argument: str) -> float:
+def _to_number(value: SupportsFloat, argument: str) -> float:
     """A number that means one: no bool, no string, no NaN."""
     if isinstance(value, (bool, str, bytes)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
@@ -442,7 +443,7 @@ def _to_number(value: object, argument: str) -> float:
     return number
 
 
-def _to_bound(value: object, argument: str) -> float:
+def _to_bound(value: SupportsFloat, argument: str) -> float:
     number = _to_number(value, argument)
     if number < 0:
         raise ValueError(f"{argument}: expected a number of at least 0, got {value!r}")

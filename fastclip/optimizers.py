@@ -209,7 +209,8 @@ class StepClip:
         max_skips: int | None,
         defer: bool | str,
     ) -> None:
-        self._max_norm, self._norm_type, self._clip_value = max_norm, norm_type, clip_value
+        self._max_norm = math.inf if max_norm is None else max_norm
+        self._norm_type, self._clip_value = norm_type, clip_value
         self._per_tensor, self._policy, self._nonfinite = per_tensor, policy, nonfinite
         self._max_skips, self._defer = max_skips, defer
         self._whole = max_norm is not None and not per_tensor
@@ -256,8 +257,13 @@ class StepClip:
     def _attach(self, optimizer: Optimizer) -> None:
         mine = weakref.ref(optimizer)
         _clipped.add(optimizer)
+
+        def forget() -> None:
+            if (held := mine()) is not None:
+                _clipped.discard(held)
+
         self._detach = [
-            lambda: _clipped.discard(mine()) if mine() is not None else None,
+            forget,
             optimizer.register_step_pre_hook(self._before).remove,
             optimizer.register_step_post_hook(self._after).remove,
         ]
@@ -320,22 +326,23 @@ class StepClip:
             clip = Clip(self._max_norm, self._norm_type, nonfinite)
             self.total_norm = distributed.full(grads.clip_grad_norm_(clip, _wide(grads)))
             return
+        total_norm = None
         if self._whole or looks:
             clip = Clip(math.inf, self._norm_type, PROPAGATE, None, inv_scale)
-            self.total_norm = distributed.full(grads.norm_of(clip))
-        if self._nonfinite == "raise":
-            grads.check_finite(self.total_norm, self._norm_type)
-        if self._nonfinite == "skip" and self._skips(optimizer, parameters):
-            return
-        if self._whole and reason:
-            # The bound of gradients that stay times a scale: the coefficient alone is theirs.
-            grads.clip_by_(Clip(self._max_norm, self._norm_type, nonfinite), self.total_norm)
-        elif self._whole:
-            self._defer_to(optimizer, grads, live)
-        else:
+            total_norm = self.total_norm = distributed.full(grads.norm_of(clip))
+            if self._nonfinite == "raise":
+                grads.check_finite(total_norm, self._norm_type)
+            if self._nonfinite == "skip" and self._skips(optimizer, parameters, total_norm):
+                return
+        if total_norm is None or not self._whole:
             self._clip_apart(grads, parameters, nonfinite, inv_scale)
             if live is not None:
                 self._replace(optimizer, "grad_scale", None)
+        elif reason:
+            # The bound of gradients that stay times a scale: the coefficient alone is theirs.
+            grads.clip_by_(Clip(self._max_norm, self._norm_type, nonfinite), total_norm)
+        else:
+            self._defer_to(optimizer, grads, live, total_norm)
 
     def _clip_apart(self, grads: Gradients, parameters: list[Tensor], nonfinite: int, inv_scale: Tensor | None) -> None:
         """Each element by itself, or each gradient by its own norm."""
@@ -346,11 +353,11 @@ class StepClip:
             return grads.clip_scaled_value_(clip, -self._clip_value, self._clip_value)
         clip = Clip(self._max_norm, self._norm_type, nonfinite, None, inv_scale)
         lists = [gradients.of([parameter]) for parameter in parameters]  # all are checked before one is written
-        norms = [
+        each_norm = [
             distributed.full(each.clip_grad_norm_(clip, _wide(each))) for each in lists if type(each) is not Nothing
         ]
-        if norms:
-            norms = torch.stack([norm.to(norms[0].device) for norm in norms])
+        if each_norm:
+            norms = torch.stack([norm.to(each_norm[0].device) for norm in each_norm])
             self.total_norm = torch.linalg.vector_norm(norms, self._norm_type)
 
     def _why_not_deferred(self, optimizer: Optimizer) -> str | None:
@@ -367,13 +374,13 @@ class StepClip:
             return "expected all groups to be clipped, got one with clip_grad=False"
         return None
 
-    def _defer_to(self, optimizer: Optimizer, grads: Gradients, live: Tensor | None) -> None:
-        coef = clip_coef(self.total_norm, self._max_norm)
+    def _defer_to(self, optimizer: Optimizer, grads: Gradients, live: Tensor | None, total_norm: Tensor) -> None:
+        coef = clip_coef(total_norm, self._max_norm)
         on_cpu = coef.device.type == "cpu"
         if on_cpu and coef.item() == 1.0:  # the host has it already
             return
         if self._defer == "auto" and not on_cpu:
-            return grads.clip_by_(Clip(self._max_norm, self._norm_type), self.total_norm)
+            return grads.clip_by_(Clip(self._max_norm, self._norm_type), total_norm)
         scale = coef.reciprocal()
         if live is not None:
             scale = scale * as_number(live, scale.device).reshape(())
@@ -381,9 +388,9 @@ class StepClip:
 
     # What is skipped.
 
-    def _skips(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+    def _skips(self, optimizer: Optimizer, parameters: list[Tensor], total_norm: Tensor) -> bool:
         """Counts a step that is not finite, and has it skipped; whether there is nothing left to clip."""
-        bad = ~self.total_norm.isfinite()
+        bad = ~total_norm.isfinite()
         if self._counts is None:
             self._counts = torch.zeros(2, dtype=torch.int64, device=bad.device)
         self._counts[0] += bad
@@ -394,7 +401,7 @@ class StepClip:
             if live is not None:
                 found = torch.maximum(found, live.to(found.device).reshape(()).clamp(max=1.0))
             self._replace(optimizer, "found_inf", found)
-            self._raise_after(self._arrived(), optimizer, parameters)
+            self._raise_after(self._arrived(self._counts), optimizer, parameters)
             return False
         if not bad.item():  # the one documented wait
             return False
@@ -405,7 +412,7 @@ class StepClip:
             parameter.grad = None
         return True
 
-    def _arrived(self) -> int:
+    def _arrived(self, counts: Tensor) -> int:
         """The last count of skips in a row that has come from the device."""
         if not self._max_skips or torch.cuda.is_current_stream_capturing():
             return 0
@@ -416,7 +423,7 @@ class StepClip:
                 return 0
             count = int(pinned)
         pinned, event = torch.empty((), dtype=torch.int64, pin_memory=True), torch.cuda.Event()
-        pinned.copy_(self._counts[1], non_blocking=True)
+        pinned.copy_(counts[1], non_blocking=True)
         event.record()
         self._arriving = pinned, event
         return count

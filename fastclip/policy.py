@@ -8,7 +8,8 @@ on as if there had been none. Ranks act alike, because what decides is the norm 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ class Policy:
         """The coefficient of the gradients; replaces entries of `state`, never in place."""
         raise NotImplementedError
 
-    def _advance(self, norm: Tensor, coefficient, *arguments) -> Tensor:
+    def _advance(self, norm: Tensor, coefficient: Callable[..., Tensor], *arguments: object) -> Tensor:
         """Lets a coefficient be computed, and keeps the state that it made if the norm is finite."""
         if not self._state:
             zero = torch.zeros((), dtype=torch.int64, device=norm.device)
@@ -334,15 +335,15 @@ class AdaGC(Policy):
             raise ValueError(f"parameters: expected the same {len(known)} at every step, got {len(parameters)}")
         self._parameters = len(parameters)
         held = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        order = _order(read, [parameters[i].grad for i in held])
+        order = _order(read, [grad for parameter in parameters if (grad := parameter.grad) is not None])
         norms = read.norms(2.0)
-        if order is not None:
-            order = indices(order, norms.device)
-            norms = norms[order]
+        places = None if order is None else indices(order, norms.device)
+        if places is not None:
+            norms = norms[places]
         norm = torch.linalg.vector_norm(norms)
         coefs = self._advance(norm, self._coefficients, norm, norms, held)
-        if order is not None:
-            coefs = torch.empty_like(coefs).index_copy_(0, order, coefs)
+        if places is not None:
+            coefs = torch.empty_like(coefs).index_copy_(0, places, coefs)
         read.scale_each_(coefs)
         return read.finish(norm, None)
 
@@ -350,7 +351,7 @@ class AdaGC(Policy):
         warm = state["steps"] < self.warmup_steps
         whole = len(held) == len(state["average"])
         place = None if whole else indices(held, norm.device)
-        average = state["average"] if whole else state["average"][place]
+        average = state["average"] if place is None else state["average"][place]
         together = (self.max_norm / (norm + self.eps)).clamp(max=1.0)
         bound = self.ratio * average
         above = norms > bound
@@ -359,7 +360,7 @@ class AdaGC(Policy):
         value = torch.where(above, bound, norms)
         running = torch.where(average == math.inf, least, self.beta * average + (1 - self.beta) * value)
         updated = torch.where(warm, least, running)
-        state["average"] = updated if whole else state["average"].index_copy(0, place, updated)
+        state["average"] = updated if place is None else state["average"].index_copy(0, place, updated)
         return torch.where(warm, together, own)
 
 
@@ -447,13 +448,13 @@ def _plain(bound: Tensor, norm: Tensor) -> Tensor:
     return torch.where(bound == math.inf, 1.0, (bound / (norm + 1e-6)).clamp(max=1.0))
 
 
-def _to_count(value: object, argument: str, least: int = 1) -> int:
+def _to_count(value: SupportsFloat, argument: str, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{argument}: expected an integer of at least {least}, got {value!r}")
     return value
 
 
-def _to_fraction(value: object, argument: str) -> float:
+def _to_fraction(value: SupportsFloat, argument: str) -> float:
     number = _to_number(value, argument)
     if not 0 <= number <= 1:
         raise ValueError(f"{argument}: expected a number from 0 to 1, got {value!r}")

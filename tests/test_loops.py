@@ -33,7 +33,9 @@ def isas() -> dict[str, bool]:
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     avx2 = {"avx2", "fma", "f16c"} <= flags
-    return {"scalar": True, "avx2": avx2, "avx512": avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags}
+    avx512 = avx2 and {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags
+    neon = platform.machine().lower() in ("aarch64", "arm64")
+    return {"scalar": True, "neon": neon, "avx2": avx2, "avx512": avx512}
 
 
 def patterns(dtype: torch.dtype) -> torch.Tensor:

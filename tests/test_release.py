@@ -203,6 +203,29 @@ def test_nobody_is_told_to_install_a_strangers_package():
     assert not found
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="a release is made from a commit")
+def test_a_tag_that_is_not_the_version_is_refused(checkout):
+    """That of the commit, and the one that is asked for; tags of other kinds are none of its business."""
+    shutil.copytree(ROOT / ".ci", checkout / ".ci", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(checkout)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["tag", "nightly"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+
+    def release(*arguments: str) -> str:
+        code = "import sys; sys.path[:0] = ['.ci']; import release as r; r.build = lambda *_: exit('built'); r.main()"
+        command = [sys.executable, "-B", "-c", code, "--out", str(checkout.parent / "dist"), *arguments]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True).stderr.strip()
+
+    refused = f"release: the tag is v9.9.9, and the version in fastclip/__init__.py {fastclip.__version__}"
+    assert release() == "built"
+    assert release("--tag", f"v{fastclip.__version__}") == "built"
+    assert release("--tag", "v9.9.9") == refused
+    subprocess.run([*git, "tag", f"v{fastclip.__version__}"], check=True)
+    assert release() == "built"
+    subprocess.run([*git, "tag", "v9.9.9"], check=True)
+    assert release() == refused
+
+
 def test_version_is_in_one_place():
     """And the newest entry of the change log is its own."""
     assert re.search(r'^dynamic = \["version"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

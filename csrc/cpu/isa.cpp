@@ -20,6 +20,8 @@ const Loops& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Isa isas[] = {{&kLoopsAvx512, avx512}, {&kLoopsAvx2, avx2}, {&kLoopsScalar, true}};
+#elif defined(__aarch64__)
+  const Isa isas[] = {{&kLoopsNeon, true}, {&kLoopsScalar, true}};
 #else
   const Isa isas[] = {{&kLoopsScalar, true}};
 #endif

@@ -33,6 +33,8 @@ extern const Loops kLoopsScalar;
 #if defined(__x86_64__)
 extern const Loops kLoopsAvx2;
 extern const Loops kLoopsAvx512;
+#elif defined(__aarch64__)
+extern const Loops kLoopsNeon;
 #endif
 
 // What is rare, with the same code on every ISA.

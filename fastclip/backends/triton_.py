@@ -14,7 +14,7 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ def norm_kind(norm_type: float) -> int:
     """As NormKind in csrc/clip.h."""
     if math.isinf(norm_type):
         return 2 if norm_type > 0 else 3
-    return {2: 0, 1: 1, 0: 4}.get(norm_type, 5)
+    return {2.0: 0, 1.0: 1, 0.0: 4}.get(norm_type, 5)
 
 
 def _bits(*numbers: float) -> tuple[int, ...]:
@@ -241,17 +241,17 @@ def _programs(device: torch.device, chunks: int) -> int:
     return min(chunks, _multiprocessors[device] * PROGRAMS)
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> AbstractContextManager[object]:
     """The scope in which kernels go to a device."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch_all(kernel, table: Table, words: Tensor, *tensors: Tensor, **constants) -> None:
+def _launch_all(kernel: str, table: Table, words: Tensor, *tensors: Tensor, **constants: object) -> None:
     for launch in table.launches:
         _launch(kernel, launch, words, *tensors, **constants)
 
 
-def _launch(kernel, launch: Launch, words: Tensor, *tensors: Tensor, **constants) -> None:
+def _launch(kernel: str, launch: Launch, words: Tensor, *tensors: Tensor, **constants: object) -> None:
     from . import triton_kernels
 
     getattr(triton_kernels, kernel)[(_programs(words.device, launch.chunks),)](
@@ -267,7 +267,7 @@ def _launch(kernel, launch: Launch, words: Tensor, *tensors: Tensor, **constants
     )
 
 
-def _element(dtype: torch.dtype):
+def _element(dtype: torch.dtype) -> object:
     import triton.language as tl
 
     return getattr(tl, str(dtype).removeprefix("torch."))

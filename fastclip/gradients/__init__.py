@@ -60,8 +60,10 @@ def of(
         return _foreign(parameters, gradients, foreach, writes, asked)
     sections, shares = found
     if asked or shares:
-        counted = reading.read(parameters, gradients, False, skip) if skip else found
-        return Sharded(sections, *counted, groups, foreach=foreach, writes=writes, symmetric=symmetric)
+        again = reading.read(parameters, gradients, False, skip) if skip else found
+        assert again is not None, "a list is of the same types when it is read again"
+        counted, shares = again
+        return Sharded(sections, counted, shares, groups, foreach=foreach, writes=writes, symmetric=symmetric)
     return parts.of_sections(sections, foreach, writes, symmetric) if sections else Nothing()
 
 

@@ -47,8 +47,9 @@ class Clip(NamedTuple):
 
     def hand_back(self, found_inf: Tensor | None) -> None:
         """Gives ``found_inf``, of another device, what was written to the number of :meth:`at`."""
-        if found_inf is not None and found_inf.device != self.found_inf.device:
-            found_inf.detach().copy_(self.found_inf)
+        near = self.found_inf
+        if found_inf is not None and near is not None and found_inf.device != near.device:
+            found_inf.detach().copy_(near)
 
 
 class Group(NamedTuple):
@@ -57,7 +58,7 @@ class Group(NamedTuple):
     backend: str
     device: str
     dtypes: tuple[str, ...]
-    count: int
+    count: int  # type: ignore[assignment]  # in the place of tuple.count, which a line has no use for
     reason: str
 
     def __str__(self) -> str:
@@ -170,7 +171,7 @@ class Gradients:
     def clip_scaled_value_(self, clip: Clip, low: float, high: float) -> None:
         """The same after what ``clip``, of the infinite norm and an infinite bound, asks for."""
         self.check_clamp(low, high)
-        if clip.nonfinite == PROPAGATE and clip.found_inf is None:
+        if clip.inv_scale is not None and clip.nonfinite == PROPAGATE and clip.found_inf is None:
             near = self.tensors[0].device if self.tensors else torch.device("cpu")
             self.scale_(as_number(clip.inv_scale, near))
         else:

@@ -21,6 +21,8 @@ from .plain import DTYPES, Plain
 class Part(Gradients):
     """Tensors that one backend takes in one call, by ops, which who watches can see."""
 
+    tensors: list[Tensor]
+
     def __init__(self, backend: ModuleType, tensors: list[Tensor], reason: str) -> None:
         self.backend, self.tensors, self.reason = backend, tensors, reason
 
@@ -160,7 +162,8 @@ def members_of(section: reading.Section, foreach: bool | None, writes: bool, sym
     views, tensors, device, dtypes, reason, _ = section
     refused = reading.why_refused(reason, tensors[0])
     if views is not None:
-        backend = _dispatch.compiled()[device >= 0]
+        # The reader makes views for an engine that is there.
+        backend: ModuleType = _dispatch.compiled()[device >= 0]  # type: ignore[assignment]
         refused = backend.unsupported(device)
         if refused is None and (symmetric or not any(map(Tensor.is_neg, tensors))):
             return [Plain(backend, views, tensors, device, dtypes)]
@@ -169,7 +172,7 @@ def members_of(section: reading.Section, foreach: bool | None, writes: bool, sym
     return split(tensors, refused)
 
 
-def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Part]:
+def split(tensors: Sequence[Tensor], refused: str | None = None) -> list[Gradients]:
     """Sorts tensors by backend and device, keeping their order inside each part.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch.utils._device import DeviceContext
 from .. import _dispatch, _ops
 from ..distributed import dtensor_type
 from .contract import PLAIN
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 # Plain tensors, and what a trace puts in their place.
 KNOWN = PLAIN | {FakeTensor, FunctionalTensor}
@@ -52,10 +56,10 @@ class Section(NamedTuple):
 class Share(NamedTuple):
     """DTensors of one mesh, and of placements of the same types: sharded, replicated or partial alike."""
 
-    mesh: object
+    mesh: DeviceMesh
     placements: tuple  # of one of them
-    owner: Tensor  # one of them: a gradient, or the parameter of one that this rank does not have
-    slots: list[Tensor | None]  # for each parameter its gradient
+    owner: DTensor  # one of them: a gradient, or the parameter of one that this rank does not have
+    slots: list[DTensor | None]  # for each parameter its gradient
 
 
 def why_refused(reason: int, tensor: Tensor) -> str | None:
@@ -144,15 +148,15 @@ def _read_in_python(
     lists: dict[int, list[Tensor]] = {}
     shares: list[Share] = []
     for i, given in enumerate(tensors):
-        tensor = given.grad if gradients else given
+        tensor: Tensor = given.grad if gradients else given  # type: ignore[assignment]  # None is missing
         missing = (skip is not None and skip[i]) or (gradients and tensor is None)
         speaks = given if missing else tensor
         share = -1
         if dtensor is not None and type(speaks) is dtensor:
             share = _find_share(shares, speaks)
-            shares[share].slots.append(None if missing else tensor)
+            shares[share].slots.append(None if missing else speaks)
             if not missing:
-                tensor = tensor._local_tensor
+                tensor = speaks._local_tensor
                 tensor = tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor
         if missing:
             continue
@@ -162,7 +166,7 @@ def _read_in_python(
     return [Section(None, found, -1, 0, 0, share) for share, found in lists.items()], shares
 
 
-def _find_share(shares: list[Share], owner: Tensor) -> int:
+def _find_share(shares: list[Share], owner: DTensor) -> int:
     mesh, placements = owner._spec.mesh, owner._spec.placements
     for i, share in enumerate(shares):
         if share.mesh is mesh and list(map(type, share.placements)) == list(map(type, placements)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from ..distributed import ProcessGroup, Route
 from . import parts
 from .contract import Gradients, Group
 from .reading import Section, Share
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 class Routed(NamedTuple):
@@ -95,8 +99,8 @@ class Sharded(Gradients):
             partial = root(partial, norm_type)
             if norm_type < 0:
                 partial = torch.where(partial == nothing(norm_type), 0.0, partial)  # no elements on any rank
-            held = [slot for slot, k in enumerate(place) if k >= 0]
-            norms[indices([place[slot] for slot in held], norms.device)] = partial[indices(held, norms.device)]
+            slots = [slot for slot, k in enumerate(place) if k >= 0]
+            norms[indices([place[slot] for slot in slots], norms.device)] = partial[indices(slots, norms.device)]
         return norms
 
     def _places(self, i: int) -> list[int]:
@@ -145,16 +149,16 @@ class Sharded(Gradients):
         total_norm = total_norm.to(norm_dtype or self.dtype)
         with_grads = {section.share for section in self._sections} or range(len(self._shares))
         meshes = {self._shares[i].mesh if i >= 0 else None for i in with_grads}
-        if len(meshes) != 1 or None in meshes:
+        mesh = next(iter(meshes), None)
+        if len(meshes) != 1 or mesh is None:
             return total_norm
         from torch.distributed.tensor import DTensor, Replicate
 
-        (mesh,) = meshes
         return DTensor.from_local(total_norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
     def _routed(self, with_slots: bool) -> list[Routed]:
         """The lists by route. A gradient with Partial placements is reduced here first, in a collective."""
-        found: dict[object, Routed] = {}
+        found: dict[tuple[DeviceMesh, tuple[int, ...]], Routed] = {}
         for i, share in enumerate(self._shares):
             members = [member for index, each in self._counted if index == i for member in each]
             grads = share.slots
@@ -166,8 +170,8 @@ class Sharded(Gradients):
             if key not in found:
                 found[key] = Routed(distributed.route(*key), [], [])
             found[key].members.extend(members)
-            if with_slots:
-                found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
+            if with_slots and (slots := found[key].slots) is not None:
+                slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
 
@@ -224,17 +228,18 @@ def _enumerate(slots: Sequence[Tensor | None]) -> list[int]:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The shard of this rank of a DTensor; any other tensor itself."""
-    return _local(tensor) if type(tensor) is distributed.dtensor_type() else tensor
+    dtensor = distributed.dtensor_type()
+    return _local(tensor) if dtensor is not None and type(tensor) is dtensor else tensor
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: DTensor) -> Tensor:
     """The shard of this rank, which aliases the DTensor; `to_local()` takes ten times as long as the attribute."""
     local = tensor._local_tensor
     return local.trigger_wait() if hasattr(local, "trigger_wait") else local
 
 
 @torch.no_grad()
-def _reduce_partial(tensor: Tensor) -> Tensor:
+def _reduce_partial(tensor: DTensor) -> DTensor:
     from torch.distributed.tensor import Replicate
 
     return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
