@@ -18,6 +18,7 @@ OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "tensor_norms": "fastclip::tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_stats": "fastclip::tensor_stats(Tensor[] tensors) -> Tensor",
     "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
     "scale_each_": "fastclip::scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "sanitize_": "fastclip::sanitize_(Tensor(a!)[] tensors) -> ()",
@@ -43,6 +44,7 @@ def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
         "tensor_norms": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "tensor_stats": [((), {})],
         "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {}), ((torch.tensor(0.0),), {"zero": True})],
         "scale_each_": [((torch.linspace(0.25, 1, count, dtype=torch.float64),), {})],
         "sanitize_": [((), {})],

@@ -52,6 +52,10 @@ constexpr Engine kEngine = {
       store(norm, total_norm(tensors.views, norm_type));
     },
     [](const Tensors& tensors, double norm_type, double* out) { norms(tensors.views, norm_type, out); },
+    [](const Tensors& tensors, double* table, Number partial) {
+      const DefaultFloatMode mode;
+      store(partial, stats(tensors.views, table));
+    },
     [](const Tensors& tensors, Number coef, bool zero) {
       const DefaultFloatMode mode;
       scale(tensors.views, load(coef), zero);

@@ -17,10 +17,20 @@ struct Partial {
   double rounded() const { return value - value == 0.0 ? value + error : value; }
 };
 
+// What a look at some elements tells.
+struct Stats {
+  Partial squares{0.0};
+  double largest = 0.0;  // magnitude; NaN where one is
+  int64_t nonfinite = 0;
+  int64_t zeros = 0;
+};
+
 struct Loops {
   const char* isa;
   // Partial of n elements: sum |x|^2, sum |x|, max |x|, min |x|, or 1 if any is non-zero. kPow is norm_pow below.
   Partial (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
+  // Of n elements, with the sum of squares to the bits of norm_partial.
+  Stats (*stats[kNumDtypes])(const void* x, int64_t n);
   // x *= coef, with coef rounded to the opmath type of the dtype. Coefficients below float32 are for scale_wide below.
   void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
   // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.

@@ -289,6 +289,40 @@ void norms(const std::vector<TensorView>& tensors, double norm_type, double* nor
   });
 }
 
+double stats(const std::vector<TensorView>& tensors, double* table) {
+  const DefaultFloatMode mode;
+  std::fill(table, table + 4 * tensors.size(), 0.0);
+  const ChunkTable chunks(nonempty(tensors));
+  std::vector<Stats> found(chunks.chunks.size());
+  const Loops& isa = loops();
+  const auto add = [](Stats* sum, const Stats& part) {
+    sum->squares = combine_exactly(NormKind::kSquares, sum->squares, part.squares);
+    sum->largest = max_nan(sum->largest, part.largest);
+    sum->nonfinite += part.nonfinite;
+    sum->zeros += part.zeros;
+  };
+  const AOTITorchError error = for_each_chunk(chunks, Walk::kForward, [&](int64_t i) {
+    const Chunk& chunk = chunks.chunks[i];
+    for_each_run(chunk, [&](const char* data, int64_t count) {
+      add(&found[i], isa.stats[static_cast<int>(chunk.tensor->dtype)](data, count));
+      return false;
+    });
+  });
+  check_torch(error, "torch_parallel_for");
+  Stats all;
+  for (const Stats& each : found) add(&all, each);
+  for_each_tensor(chunks, [&](const TensorView* tensor, size_t begin, size_t end) {
+    Stats sum;
+    for (size_t i = begin; i < end; ++i) add(&sum, found[i]);
+    double* const row = table + 4 * (tensor - tensors.data());
+    row[0] = sum.squares.rounded();
+    row[1] = sum.largest;
+    row[2] = static_cast<double>(sum.nonfinite);
+    row[3] = static_cast<double>(sum.zeros);
+  });
+  return all.squares.rounded();
+}
+
 namespace {
 
 // x *= coef_of(tensor).

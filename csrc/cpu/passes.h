@@ -18,6 +18,10 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 // norms[i] = the total norm of tensor i alone.
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* norms);
 
+// table[4 i] = of tensor i sum |x|^2, max |x|, how many elements are not finite, and how many are 0. Returns the sum of
+// squares of all, to the bits of norm_partial.
+double stats(const std::vector<TensorView>& tensors, double* table);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
 void scale(const std::vector<TensorView>& tensors, double coef, bool zero);
