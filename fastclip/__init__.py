@@ -20,6 +20,8 @@ from .patch import patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "GradMonitor",
+    "GradientWarning",
     "adaptive_clip_grad_",
     "backends",
     "clip_grad_norm_",
@@ -39,6 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("amp", "integrations", "policy"):
+    if name in ("amp", "integrations", "monitor", "policy"):
         return importlib.import_module(f"{__name__}.{name}")
+    if name in ("GradMonitor", "GradientWarning"):
+        return getattr(importlib.import_module(f"{__name__}.monitor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import SupportsFloat
+from typing import Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -95,14 +95,46 @@ def clip_grad_norm_(
     if not error_if_nonfinite:
         clip = Clip(_to_float(max_norm, "max_norm"), norm_type, *options)
         return _of(parameters, foreach, process_group, is_duplicate).clip_grad_norm_(clip, norm_dtype)
-    grads = _of(parameters, foreach, process_group, is_duplicate)
-    total_norm = grads.norm_of(Clip(math.inf, norm_type, *options))
-    grads.check_finite(total_norm, norm_type)
-    bound = _to_float(max_norm, "max_norm")
+    return clip_in_steps(
+        parameters, max_norm, norm_type, options, True, foreach, process_group, is_duplicate, norm_dtype
+    )
+
+
+class Look(Protocol):
+    """Who looks at gradients while they are clipped."""
+
+    def see(self, read: gradients.Gradients, norm_type: float, options: tuple) -> Tensor | None:
+        """Before the clip; may return the wide norm, where it is known now."""
+
+    def record(self, clip: Clip, norm: Tensor) -> None:
+        """After it."""
+
+
+def clip_in_steps(
+    parameters: Sequence[Tensor],
+    max_norm: float,
+    norm_type: float,
+    options: tuple,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    process_group: ProcessGroup | Iterable[ProcessGroup] | None,
+    is_duplicate: Callable[[Tensor], bool] | None,
+    norm_dtype: torch.dtype | None,
+    look: Look | None = None,
+) -> Tensor:
+    """:func:`clip_grad_norm_` with its norm between the read and the write."""
+    grads = _of(parameters, foreach, process_group, is_duplicate, level=4)
+    known = look and grads.tensors and look.see(grads, norm_type, options)
+    total_norm = grads.norm_of(Clip(math.inf, norm_type, *options), known if isinstance(known, Tensor) else None)
+    if error_if_nonfinite:
+        grads.check_finite(total_norm, norm_type)
+    clip = Clip(_to_float(max_norm, "max_norm"), norm_type, *options)
     if type(max_norm) not in (float, int):
         # Converting it may have run the caller's code, after which nothing that was read can be relied on.
         grads = _of(parameters, foreach, process_group, is_duplicate)
-    grads.clip_by_(Clip(bound, norm_type, *options), total_norm)
+    grads.clip_by_(clip, total_norm)
+    if look and grads.tensors:
+        look.record(clip, total_norm)
     return grads.finish(total_norm, norm_dtype)
 
 
@@ -277,14 +309,15 @@ def _of(
     process_group: ProcessGroup | Iterable[ProcessGroup] | None = None,
     is_duplicate: Callable[[Tensor], bool] | None = None,
     symmetric: bool = True,
+    level: int = 3,
 ) -> gradients.Gradients:
-    """The gradients of parameters, to be written."""
+    """The gradients of parameters, to be written. The public function was called so many levels up."""
     grads = gradients.of(parameters, foreach, process_group, is_duplicate, symmetric=symmetric)
     if not grads.tensors and parameters and all(type(p) is Tensor and not p.requires_grad for p in parameters):
         warnings.warn(
             f"`parameters`: none of the {len(parameters)} tensors has a gradient or requires one, so nothing is "
             "clipped. Were gradients passed in the place of parameters?",
-            stacklevel=3,
+            stacklevel=level,
         )
     return grads
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace, TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.utils
 from torch.nn.utils import clip_grad
 
 from . import clip, fsdp
 from ._after_import import AfterImport
+
+if TYPE_CHECKING:
+    from .monitor import GradMonitor
 
 _FSDP1 = "torch.distributed.fsdp"
 
@@ -30,25 +34,30 @@ _PLACES = (
 # Where pickle finds torch's functions while others have their places.
 originals = SimpleNamespace()
 _renamed: list[tuple[Callable, str, str]] = []
-_replaced: list[_Replaced] = []
-_applied: Patch | None = None
+# Those in force, one over the other.
+_applied: list[Patch] = []
 
 
-class _Replaced(NamedTuple):
+@dataclass
+class _Replaced:
     owner: Any
     name: str
     function: Callable
     original: Callable
 
-    def restore(self) -> None:
-        # What somebody else has put there since is theirs to take back.
+    def restore(self, above: Iterable[_Replaced]) -> None:
+        # What a later patch would put back, or somebody else has put there since, is theirs to take back.
+        for other in above:
+            if other.owner is self.owner and other.name == self.name and other.original is self.function:
+                other.original = self.original
+                return
         if vars(self.owner).get(self.name) is self.function:
             setattr(self.owner, self.name, self.original)
 
 
-def _replace(owner: Any, name: str, function: Callable) -> None:
+def _replace(handle: Patch, owner: Any, name: str, function: Callable) -> None:
     original = getattr(owner, name)
-    _replaced.append(_Replaced(owner, name, function, original))
+    handle.replaced.append(_Replaced(owner, name, function, original))
     # Whoever wrapped a function before may not have made a function of it.
     if isinstance(original, FunctionType) and original.__module__ != __name__ and _is_found_by_pickle(original):
         _renamed.append((original, original.__module__, original.__qualname__))
@@ -67,7 +76,7 @@ def _is_found_by_pickle(function: Any) -> bool:
 
 def _replace_fsdp1() -> None:
     owner = sys.modules[_FSDP1].FullyShardedDataParallel
-    _replace(owner, "clip_grad_norm_", fsdp.clip_grad_norm_)
+    _replace(_applied[0], owner, "clip_grad_norm_", fsdp.clip_grad_norm_)
 
 
 # Its import takes long; a model that uses it has imported it before it can be clipped.
@@ -77,10 +86,26 @@ _fsdp1_imported = AfterImport(_FSDP1, _replace_fsdp1)
 class Patch:
     """What :func:`patch` returns: undoes that patch, once, by :meth:`undo` or at the end of a ``with`` block."""
 
+    def __init__(self, below: Patch | None = None) -> None:
+        self.replaced: list[_Replaced] = []
+        self._below = below  # what was applied for this one alone
+
     def undo(self) -> None:
-        """Restores torch's functions if it was this patch that replaced them; otherwise does nothing."""
-        if _applied is self:
-            unpatch()
+        """Restores what this patch replaced, once; otherwise does nothing."""
+        if self not in _applied:
+            return
+        place = _applied.index(self)
+        above = [each for later in _applied[place + 1 :] for each in later.replaced]
+        del _applied[place]
+        while self.replaced:
+            self.replaced.pop().restore(above)
+        if self._below:
+            self._below.undo()
+        if not _applied:
+            _fsdp1_imported.remove()
+            while _renamed:
+                function, module, qualname = _renamed.pop()
+                function.__module__, function.__qualname__ = module, qualname
 
     def __enter__(self) -> Patch:
         return self
@@ -91,7 +116,7 @@ class Patch:
         self.undo()
 
 
-def patch() -> Patch:
+def patch(*, monitor: GradMonitor | None = None) -> Patch:
     """Puts fastclip's functions in the place of torch's, for the whole process.
 
     Replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm`` and ``clip_grads_with_norm_`` in
@@ -100,9 +125,16 @@ def patch() -> Patch:
     imported by name before, stay torch's. ``FullyShardedDataParallel.clip_grad_norm_`` is replaced, too, now or when
     ``torch.distributed.fsdp`` is imported.
 
+    Args:
+        monitor (GradMonitor, optional): records every call over parameters of its model, by whomever; others' calls are
+            clipped as they are. Several may watch, each its own model.
+
     Returns:
-        Patch: handle with ``undo()``, and a context manager. Where torch is patched already nothing happens, and the
-        handle undoes nothing.
+        Patch: handle with ``undo()``, and a context manager. Where torch is patched already nothing happens without a
+        monitor, and the handle undoes nothing.
+
+    Raises:
+        TypeError: ``monitor`` is no GradMonitor.
 
     Example:
         >>> import torch, fastclip
@@ -112,17 +144,30 @@ def patch() -> Patch:
         >>> torch.nn.utils.clip_grad_norm_ is fastclip.clip_grad_norm_
         False
     """
-    global _applied
+    if monitor is not None:
+        from .monitor import watched
+
+        return overlay(watched(monitor))
     handle = Patch()
     if _applied:
         return handle
-    _applied = handle
+    _applied.append(handle)
     for owner, name, function in _PLACES:
-        _replace(owner, name, function)
+        _replace(handle, owner, name, function)
     if _FSDP1 in sys.modules:
         _replace_fsdp1()
     else:
         _fsdp1_imported.install()
+    return handle
+
+
+def overlay(makers: dict[str, Callable[[Callable], Callable]]) -> Patch:
+    """Patches, and puts in the place of some of our functions, by name, what is made of what stands there."""
+    handle = Patch(None if _applied else patch())
+    _applied.append(handle)
+    for owner, name, function in _PLACES:
+        if make := makers.get(function.__name__):
+            _replace(handle, owner, name, make(getattr(owner, name)))
     return handle
 
 
@@ -136,11 +181,5 @@ def unpatch() -> None:
         >>> handle = fastclip.patch()
         >>> fastclip.unpatch()
     """
-    global _applied
-    _applied = None
-    _fsdp1_imported.remove()
-    while _replaced:
-        _replaced.pop().restore()
-    while _renamed:
-        function, module, qualname = _renamed.pop()
-        function.__module__, function.__qualname__ = module, qualname
+    while _applied:
+        _applied[-1].undo()

@@ -5,6 +5,7 @@ It replaces torch's clip functions when, and if, the process imports torch.
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,13 @@ def _import_fastclip():
 
 
 def _patch():
-    sys.modules["fastclip"].patch()
+    fastclip = sys.modules["fastclip"]
+    if log := os.environ.get("FASTCLIP_MONITOR"):
+        from fastclip.monitor import watched_process
+
+        sys.modules["fastclip.patch"].overlay(watched_process(log))
+    else:
+        fastclip.patch()
 
 
 def _install():

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+from fastclip._figures import PALETTE, legend_below
+from fastclip._figures import figure as figure_of
 from fastclip.demo.digits import CLIP_VALUE, WARMUP_STEPS, Digits
 from fastclip.demo.regression import ARTICLE_RATE, RATE, Run
 
-# Okabe and Ito's palette: told apart with every kind of colour vision.
-COLOURS = {"none": "#D55E00", "value": "#0072B2", "norm": "#009E73", "torch": "#E69F00", "fastclip": "#0072B2"}
+BLUE, VERMILION, GREEN, ORANGE = PALETTE[:4]
+COLOURS = {"none": VERMILION, "value": BLUE, "norm": GREEN, "torch": ORANGE, "fastclip": BLUE}
 LABELS = {"none": "not clipped", "value": "clipped by value", "norm": "clipped by norm"}
 SMOOTHED_STEPS = 20  # single batches of digits are too noisy to compare
 
@@ -24,7 +26,7 @@ def draw(folder: Path, images: Digits, points: list[Run]) -> list[Path]:
 
 
 def _norms(images: Digits, points: list[Run]):
-    figure, axes = _figure(2, 2, (12, 8), "Gradient norms with and without clipping: as the clip call measured them")
+    figure, axes = figure_of(2, 2, (12, 8), "Gradient norms with and without clipping: as the clip call measured them")
     runs = [run for run in points if run.rate == RATE]
     names = {"total": f"all layers, max_norm {runs[2].limit:g}", "fc1": "layer fc1", "fc2": "layer fc2"}
     for axis, (layer, name) in zip((axes[0, 0], axes[1, 0], axes[1, 1]), names.items(), strict=True):
@@ -37,11 +39,11 @@ def _norms(images: Digits, points: list[Run]):
     _limit(axes[0, 1], images.max_norm, by_norm.clipped)
     for axis in axes.flat:
         axis.set(xlabel="step", ylabel="gradient norm before clipping (L2)")
-    return _legend(figure, axes[0, 0])
+    return legend_below(figure, axes[0, 0])
 
 
 def _losses(images: Digits, points: list[Run]):
-    figure, axes = _figure(1, 3, (14, 5), "Training loss with and without clipping")
+    figure, axes = figure_of(1, 3, (14, 5), "Training loss with and without clipping")
     runs = [images.find("none"), images.find("value", "fastclip"), images.find("norm", "fastclip")]
     ends = range(1, len(runs[0].losses) + 1)
     smooth = {run.kind: [fmean(run.losses[max(0, end - SMOOTHED_STEPS) : end]) for end in ends] for run in runs}
@@ -51,11 +53,11 @@ def _losses(images: Digits, points: list[Run]):
         runs = [run for run in points if run.rate == rate]
         _lines(axis, {run.kind: run.losses for run in runs}, {run.kind: run.nonfinite_step for run in runs})
         axis.set(title=f"Regression, rate {rate:g}{whose}", xlabel="step", ylabel="mean squared error of the batch")
-    return _legend(figure, axes[0, 1])
+    return legend_below(figure, axes[0, 1])
 
 
 def _times(images: Digits):
-    figure, axes = _figure(1, 2, (12, 5), "Time in the clip call: LSTM on digits")
+    figure, axes = figure_of(1, 2, (12, 5), "Time in the clip call: LSTM on digits")
     titles = (f"clip_grad_value_, clip_value {CLIP_VALUE:g}", f"clip_grad_norm_, max_norm {images.max_norm:g}")
     for axis, kind, title in zip(axes.flat, ("value", "norm"), titles, strict=True):
         top = 2 * max(images.find(kind, library).quartiles()[2] for library in ("torch", "fastclip"))
@@ -70,19 +72,6 @@ def _times(images: Digits):
         axis.set_ylim(0, 1.25 * top)  # room for the legend
         axis.legend(loc="upper right")
     return figure
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], title: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontweight="bold")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    return figure, axes
 
 
 def _lines(axis, series: dict[str, list[float]], nonfinite: dict[str, int | None]) -> None:
@@ -110,9 +99,3 @@ def _limit(axis, max_norm: float, clipped: list[bool]) -> None:
     steps = [step for step, active in enumerate(clipped, 1) if active]
     ticks = {"color": "black", "markersize": 9, "transform": axis.get_xaxis_transform()}
     axis.plot(steps, [0.02] * len(steps), "|", label="step where clipping by norm was active", **ticks)
-
-
-def _legend(figure, axis):
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    return figure

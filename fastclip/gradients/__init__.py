@@ -12,6 +12,7 @@ from ..distributed import ProcessGroup
 from . import parts, reading
 from .contract import PROPAGATE, SANITIZE, ZERO, Clip, Foreign, Gradients, Group, Nothing
 from .parts import of_tensors
+from .plain import Plain
 from .sharded import Routed, Sharded, reduced_norm
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Gradients",
     "Group",
     "Nothing",
+    "Plain",
     "Routed",
     "is_known",
     "is_plain",
