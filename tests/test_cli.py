@@ -16,7 +16,7 @@ import torch
 import fastclip
 from fastclip import __main__ as command_line
 from fastclip import _install
-from subproc import python
+from subproc import execute, python
 
 SCRIPT = '''
 """A training script that knows nothing of fastclip."""
@@ -320,8 +320,8 @@ for name in [name for name in sys.modules if name.startswith("fastclip")]:
     del sys.modules[name]
 import fastclip
 """
-    ran = python("-c", code, cwd=Path.cwd())
-    assert ran.stderr.splitlines()[-1].startswith("ImportError: fastclip was imported before in this process")
+    child = execute(code)
+    assert child.error.splitlines()[-1].startswith("ImportError: fastclip was imported before in this process")
 
 
 def test_a_closed_pipe_is_no_traceback():
