@@ -2,9 +2,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-# For gpu, which downloads nothing: a Python that has torch for CUDA, and which parts to run (none: all).
+# For gpu, which downloads nothing: a Python that has torch for CUDA, which parts to run (none: all), and a folder for
+# what they find out.
 GPU_PYTHON ?= python3
 PART ?=
+RESULTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,8 +44,8 @@ test: $(STAMP) ## Run the tests
 bench: $(STAMP) ## Compare speed and error with torch
 	@$(BIN)/python -m fastclip bench $(ARGS)
 
-gpu: ## On a machine with a CUDA GPU and nvcc: build for it, test, benchmark, sanitize
-	@GPU_PYTHON='$(GPU_PYTHON)' ARGS='$(ARGS)' bash .ci/gpu $(PART)
+gpu: ## On a machine with a CUDA GPU: build for it, test, benchmark, profile, sanitize; PART="build test" for some
+	@ARGS='$(ARGS)' RESULTS='$(RESULTS)' $(GPU_PYTHON) .ci/gpu.py $(PART)
 
 lint: $(STAMP) ## Check style and types: ruff and mypy for Python, clang-format for C++, the house bans, the workflows
 	@$(BIN)/ruff check .

@@ -1,6 +1,7 @@
-"""The clips of docs/vocabulary.md against the same in torch ops, with torch's foreach functions where it has them.
+"""What adaptive policies and norms of tensors cost over the plain calls, and per-example clipping against Opacus' way.
 
     python benchmarks/vocabulary.py --threads 2 --rounds 15
+    python -m fastclip bench --regime each-clip --regime unit-clip  # clips of each tensor or unit, against torch ops
 
 Both sides take turns in every round, over gradients that are restored first; the medians and their ratio are printed.
 """
@@ -18,26 +19,6 @@ import torch
 import fastclip
 from fastclip import functional
 from fastclip.bench.cases import Case, cases
-
-
-def clip_each_in_foreach(grads: list[torch.Tensor], max_norm: float) -> None:
-    norms = torch._foreach_norm(grads)
-    coefs = torch._foreach_div(torch._foreach_reciprocal(norms), 1 / max_norm)
-    torch._foreach_clamp_max_(coefs, 1.0)
-    torch._foreach_mul_(grads, coefs)
-
-
-def adaptive_in_torch(parameters: list[torch.Tensor], clip_factor: float = 0.01, eps: float = 1e-3) -> None:
-    """As timm has it."""
-
-    def unitwise(x: torch.Tensor) -> torch.Tensor:
-        return x.norm() if x.dim() <= 1 else x.norm(dim=tuple(range(1, x.dim())), keepdim=True)
-
-    for p in parameters:
-        bound = unitwise(p.detach()).clamp_(min=eps).mul_(clip_factor)
-        norm = unitwise(p.grad)
-        clipped = p.grad * (bound / norm.clamp(min=1e-6))
-        p.grad.copy_(torch.where(norm < bound, p.grad, clipped))
 
 
 def per_example_in_torch(grads: list[torch.Tensor], max_norm: float) -> list[torch.Tensor]:
@@ -72,22 +53,11 @@ def bench_case(bench: Bench, case: Case) -> None:
     grads, saved = [p.grad for p in parameters], [p.grad.clone() for p in parameters]
     row = partial(bench.compare, case.name, restore=lambda: torch._foreach_copy_(grads, saved))
 
-    def norms() -> torch.Tensor:
-        return fastclip.get_tensor_norms(grads)
-
-    row("norms against the total norm", theirs=lambda: fastclip.get_total_norm(grads), ours=norms)
-    row("norms", theirs=lambda: torch._foreach_norm(grads), ours=norms)
-    for what, bound in (("", 1.0), (", not clipping", 1e9)):
-        row(
-            f"per tensor{what}",
-            theirs=lambda bound=bound: clip_each_in_foreach(grads, bound),
-            ours=lambda bound=bound: functional.clip_by_norm_(grads, bound),
-        )
-        row(
-            f"adaptive{what}",
-            theirs=lambda bound=bound: adaptive_in_torch(parameters, bound / 100),
-            ours=lambda bound=bound: fastclip.adaptive_clip_grad_(parameters, bound / 100),
-        )
+    row(
+        "norms against the total norm",
+        theirs=lambda: fastclip.get_total_norm(grads),
+        ours=lambda: fastclip.get_tensor_norms(grads),
+    )
     policy = fastclip.policy
     for made in (policy.AutoClip(), policy.ZClip(), policy.AdaGC(), policy.SkipOnSpike(max_norm=1.0)):
         row(

@@ -15,6 +15,9 @@ struct Engine {
   void (*total_norm)(const Tensors&, double norm_type, Number norm);
   // norms[i] = total_norm of tensor i alone; float64.
   void (*norms)(const Tensors&, double norm_type, double* norms);
+  // table[4 i] = of tensor i sum |x|^2, max |x|, how many elements are not finite, how many are 0; a NaN makes the
+  // first two NaN. *partial = norm_partial of order 2.
+  void (*stats)(const Tensors&, double* table, Number partial);
   // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
   // zeros also of inf and NaN.
   void (*scale)(const Tensors&, Number coef, bool zero);

@@ -49,6 +49,16 @@ struct Ops {
     leave(stack, std::move(norms));
   }
 
+  // tensor_stats(Tensor[] tensors) -> Tensor
+  static void tensor_stats(StableIValue* stack, uint64_t, uint64_t) {
+    const TensorList list(stack[0]);
+    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    OwnedTensor table = new_table(size, 4, Dtype::kFloat64, list.tensors().device);
+    OwnedTensor partial = new_tensor(kScalar, Dtype::kFloat64, list.tensors().device);
+    kEngine.stats(list.tensors(), static_cast<double*>(data_of(table)), {data_of(partial), Dtype::kFloat64});
+    leave(stack, std::move(table));
+  }
+
   // scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()
   static void scale_each_(StableIValue* stack, uint64_t, uint64_t) {
     const OwnedTensor coefs = to_tensor(stack[1]);
@@ -110,6 +120,7 @@ struct Ops {
     if (aoti_torch_library_init_impl(ns, key, __FILE__, __LINE__, &library) != 0 ||
         torch_library_impl(library, "norm_partial", norm_partial, kTorchAbi) != 0 ||
         torch_library_impl(library, "tensor_norms", tensor_norms, kTorchAbi) != 0 ||
+        torch_library_impl(library, "tensor_stats", tensor_stats, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_", scale_, kTorchAbi) != 0 ||
         torch_library_impl(library, "scale_each_", scale_each_, kTorchAbi) != 0 ||
         torch_library_impl(library, "sanitize_", sanitize_, kTorchAbi) != 0 ||
@@ -141,14 +152,23 @@ struct Builtins {
   static python::Owned norms(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
     const double norm_type = arguments.to_double(1);
-    double* const norms = numbers_of(arguments[2], tensors);
+    double* const norms = numbers_of(arguments[2], size_of(tensors));
     return run(tensors, [&] { kEngine.norms(tensors, norm_type, norms); });
+  }
+
+  // stats(tensors, table, partial): table[4 i] = sum |x|^2, max |x|, non-finite elements and zeros of tensor i, in a
+  // row; *partial = norm_partial of order 2.
+  static python::Owned stats(const python::Arguments& arguments) {
+    const Tensors& tensors = python::to_tensors(arguments[0]);
+    double* const table = numbers_of(arguments[1], 4 * size_of(tensors));
+    const Number partial = number_of(arguments[2]);
+    return run(tensors, [&] { kEngine.stats(tensors, table, partial); });
   }
 
   // scale_each_(tensors, coefs)
   static python::Owned scale_each_(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double* const coefs = numbers_of(arguments[1], tensors);
+    const double* const coefs = numbers_of(arguments[1], size_of(tensors));
     return run(tensors, [&] { kEngine.scale_each(tensors, coefs); });
   }
 
@@ -193,11 +213,35 @@ struct Builtins {
     return run(tensors, [&] { kEngine.clip_grad_norm(tensors, clip, norm); });
   }
 
+  // So many float64 numbers in a row, in the memory of the engine's device.
+  static double* numbers_of(PyObject* row, int64_t size) {
+    dlpack::Tensor dl;
+    python::check(dlpack::exchange->from_object(row, &dl));
+    Dtype dtype{};
+    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
+        !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
+      throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
+                               " elements");
+    return static_cast<double*>(dl.data());
+  }
+
+  template <class Pass>
+  static python::Owned run(const Tensors& tensors, const Pass& pass) {
+    if (tensors.bytes < kShort) {
+      pass();
+    } else {
+      const python::WithoutGil released;
+      pass();
+    }
+    return python::retain(python::none());
+  }
+
   static python::Owned all() {
     static PyMethodDef methods[] = {
         python::method<norm_partial>("norm_partial"),
         python::method<total_norm>("total_norm"),
         python::method<norms>("norms"),
+        python::method<stats>("stats"),
         python::method<scale_>("scale_"),
         python::method<scale_each_>("scale_each_"),
         python::method<sanitize_>("sanitize_"),
@@ -219,32 +263,9 @@ struct Builtins {
     return number;
   }
 
-  // A float64 number for each tensor, in a row, in the memory of the engine's device.
-  static double* numbers_of(PyObject* row, const Tensors& tensors) {
-    dlpack::Tensor dl;
-    python::check(dlpack::exchange->from_object(row, &dl));
-    const int64_t size = static_cast<int64_t>(tensors.views.size());
-    Dtype dtype{};
-    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
-        !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
-      throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
-                               " elements");
-    return static_cast<double*>(dl.data());
-  }
-
+  static int64_t size_of(const Tensors& tensors) { return static_cast<int64_t>(tensors.views.size()); }
   // Taking the GIL back from a busy thread costs more than to pass over this many bytes.
   static constexpr int64_t kShort = 1 << 20;
-
-  template <class Pass>
-  static python::Owned run(const Tensors& tensors, const Pass& pass) {
-    if (tensors.bytes < kShort) {
-      pass();
-    } else {
-      const python::WithoutGil released;
-      pass();
-    }
-    return python::retain(python::none());
-  }
 };
 
 }  // namespace fastclip

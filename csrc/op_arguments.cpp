@@ -87,12 +87,21 @@ void check_torch(AOTITorchError error, const char* function) {
   if (error != 0) throw std::runtime_error(std::string("fastclip: torch's ") + function + " failed");
 }
 
+OwnedTensor new_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, Dtype dtype, Device device) {
+  AtenTensorHandle handle = nullptr;
+  FASTCLIP_CALL(aoti_torch_empty_strided, dim, sizes, strides, torch_dtypes()[static_cast<int>(dtype)], device.type,
+                device.index, &handle);
+  return OwnedTensor(handle);
+}
+
 OwnedTensor new_tensor(int64_t size, Dtype dtype, Device device) {
   const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  FASTCLIP_CALL(aoti_torch_empty_strided, size == kScalar ? 0 : 1, &size, &stride,
-                torch_dtypes()[static_cast<int>(dtype)], device.type, device.index, &handle);
-  return OwnedTensor(handle);
+  return new_strided(size == kScalar ? 0 : 1, &size, &stride, dtype, device);
+}
+
+OwnedTensor new_table(int64_t rows, int64_t columns, Dtype dtype, Device device) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return new_strided(2, sizes, strides, dtype, device);
 }
 
 void* data_of(const OwnedTensor& tensor) {

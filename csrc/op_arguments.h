@@ -23,6 +23,8 @@ void check_torch(AOTITorchError error, const char* function);
 // A new tensor of `size` elements in one dimension, or a 0-dim one for kScalar, uninitialised.
 constexpr int64_t kScalar = -1;
 OwnedTensor new_tensor(int64_t size, Dtype dtype, Device device);
+// A new contiguous one of two dimensions.
+OwnedTensor new_table(int64_t rows, int64_t columns, Dtype dtype, Device device);
 // The memory of a tensor.
 void* data_of(const OwnedTensor& tensor);
 // The number of a 0-dim floating-point tensor. Throws std::runtime_error, naming the argument, where the tensor is

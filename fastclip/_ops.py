@@ -21,6 +21,7 @@ from . import _install
 _SCHEMAS = (
     "norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_stats(Tensor[] tensors) -> Tensor",
     "scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
     "scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "sanitize_(Tensor(a!)[] tensors) -> ()",
@@ -51,6 +52,11 @@ def _fake_norm_partial(tensors, norm_type):
 def _fake_tensor_norms(tensors, norm_type):
     _check_one_device(tensors)
     return tensors[0].new_empty((len(tensors),), dtype=torch.float64)
+
+
+def _fake_tensor_stats(tensors):
+    _check_one_device(tensors)
+    return tensors[0].new_empty((len(tensors), 4), dtype=torch.float64)
 
 
 def _fake_scale_(tensors, clip_coef, *, zero=False):
@@ -126,6 +132,7 @@ def define(namespace: str) -> torch.library.Library:
 library = define("fastclip")
 norm_partial = torch.ops.fastclip.norm_partial.default
 tensor_norms = torch.ops.fastclip.tensor_norms.default
+tensor_stats = torch.ops.fastclip.tensor_stats.default
 scale_ = torch.ops.fastclip.scale_.default
 scale_each_ = torch.ops.fastclip.scale_each_.default
 sanitize_ = torch.ops.fastclip.sanitize_.default

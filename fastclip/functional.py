@@ -254,14 +254,16 @@ def per_example_clip(
     home, (batch,) = tensors[0].device, batches.pop()
     dims = [tuple(range(1, tensor.dim())) for tensor in tensors]
     read = units.of(tensors, dims, writes=False)
-    norms = torch.cat([each.norms(2.0).to(home) for each in read]).reshape(len(tensors), batch)
     if per_layer:
         max_norm = max_norm / math.sqrt(len(tensors))
-    else:
-        norms = torch.linalg.vector_norm(norms, dim=0, keepdim=True)
-    coefs = _coefs(norms, max_norm)
+    found = read[0].clipped_sums(max_norm, per_layer) if len(read) == 1 and isinstance(read[0], units.Units) else None
+    if found is None:
+        norms = torch.cat([each.norms(2.0).to(home) for each in read]).reshape(len(tensors), batch)
+        norms = norms if per_layer else torch.linalg.vector_norm(norms, dim=0, keepdim=True)
+        coefs = _coefs(norms, max_norm).expand(len(tensors), batch)
+        found = [_weighted_sum(c, t) for c, t in zip(coefs, tensors, strict=True)], norms
+    sums, norms = found
     clipped = (norms > max_norm).sum(1)
-    sums = [_weighted_sum(c, t) for c, t in zip(coefs.expand(len(tensors), batch), tensors, strict=True)]
     return sums, clipped if per_layer else clipped[0]
 
 
@@ -398,7 +400,7 @@ def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | 
 
 def _weighted_sum(coefs: Tensor, examples: Tensor) -> Tensor:
     """``sum_i coefs[i] * examples[i]``: in float32 of 16-bit floats, a block of columns at a time."""
-    columns = examples.reshape(examples.shape[0], -1)
+    columns = examples.reshape(examples.shape[0], examples.shape[1:].numel())
     opmath = torch.float64 if columns.dtype in (torch.float64, torch.complex128) else torch.float32
     coefs = coefs.to(columns.device, torch.promote_types(opmath, columns.dtype))
     if coefs.dtype == columns.dtype:

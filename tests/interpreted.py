@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 import fastclip
 import reference
 from cases import CASES, parameters, random
-from fastclip.backends import triton_
+from fastclip.backends import eager, triton_
 from fastclip.gradients import of as gradients_of
 from test_norms import check_high_orders
 from test_ops import gradients, step
@@ -204,7 +204,7 @@ def ops() -> int:
     half = torch.tensor(0.5, dtype=torch.float64)
     thirds = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
     arguments = {"norm_partial": (2.0,), "scale_": (half,), "clamp_": (-0.1, 0.1), "clip_grad_norm_": (0.1, 2.0)}
-    arguments |= {"tensor_norms": (2.0,), "scale_each_": (thirds,)}
+    arguments |= {"tensor_norms": (2.0,), "tensor_stats": (), "scale_each_": (thirds,)}
     done = 0
     for name, rest in arguments.items():
         checked = torch.library.opcheck(getattr(torch.ops.fastclip_triton, name).default, (tensors, *rest))
@@ -248,6 +248,11 @@ def each() -> int:
             with reference.during(norm_type, tensor.dtype, len(tensor)):
                 reference.assert_norm(norm, reference.total_norm([tensor], norm_type), torch.float64)
             done += 1
+    tensors[4][3], tensors[5][7], tensors[6][:9] = math.nan, -math.inf, 0.0
+    with fastclip.use_backend("triton"):
+        found = gradients_of(tensors, gradients=False, writes=False).stats()[0]
+    torch.testing.assert_close(found, eager.tensor_stats(tensors), rtol=1e-12, atol=0, equal_nan=True)
+    tensors = make()
     coefs = torch.linspace(0.25, 1, len(tensors), dtype=torch.float64)
     coefs[1], coefs[2] = 1.0, 1e-40
     expected = make()

@@ -105,7 +105,16 @@ def backend() -> ModuleType:
     module.NAME, module.DEVICE, module.ENGINE = "cuda", "cpu", _ops.builtins_of(library(), "cuda")
     module.unavailable, module.unsupported = lambda: None, lambda device: None
     module.refuses, module.total_norm = cpu.refuses_on_any_device, cpu.total_norm
-    for name in ("norm_partial", "tensor_norms", "scale_", "scale_each_", "sanitize_", "clamp_", "clip_grad_norm_"):
+    for name in (
+        "norm_partial",
+        "tensor_norms",
+        "tensor_stats",
+        "scale_",
+        "scale_each_",
+        "sanitize_",
+        "clamp_",
+        "clip_grad_norm_",
+    ):
         setattr(module, name, getattr(ops, name).default)
     return module
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fastclip
 import reference
-from fastclip import distributed
+from fastclip import distributed, functional, gradients
 from ranks import Check, check
 
 CHECKS: dict[str, Check] = {}
@@ -136,6 +136,18 @@ def a_norm_and_a_coefficient_for_each():
         for norm, full in zip(norms, fulls, strict=True):
             with during(norm_type, full.shape):
                 reference.assert_norm(norm, reference.total_norm([full], norm_type), torch.float64)
+    fulls[0][0, 0], fulls[1][-1, -1] = 0.0, math.inf
+    tensors = make()
+    read = gradients.of(tensors, gradients=False, writes=False)
+    table, norm = read.stats_and_norm()
+    order = functional._order(read, tensors) or range(len(tensors))
+    assert norm == read.total_norm(2.0) == math.inf
+    for row, full in zip(table[list(order)].tolist(), fulls, strict=True):
+        with during("stats", full.shape):
+            squares = full.double().square().sum().item()
+            assert row[0] == pytest.approx(squares, rel=1e-12)
+            assert row[1:] == [full.abs().max(), (~full.isfinite()).sum(), (full == 0).sum()]
+    fulls[1][-1, -1] = 1.0
     tensors = make()
     norms = fastclip.functional.clip_by_norm_(tensors, 1.5)
     assert_same_on_all_ranks(tuple(norms.tolist()))

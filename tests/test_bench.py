@@ -13,7 +13,7 @@ import fastclip
 from conftest import BACKENDS
 from fastclip import _dispatch, bench
 from fastclip.bench import bars, main, providers, run, timing
-from fastclip.bench.cases import REGIMES, Case, cases, gpu_cases
+from fastclip.bench.cases import EACH, REGIMES, Case, cases, gpu_cases
 from fastclip.bench.gradients import Gradients
 from fastclip.bench.providers import BASELINE, Provider
 from fastclip.bench.timing import Entry, Plan, measure
@@ -112,10 +112,13 @@ def _raise(*_, **__):
         ("value-noop", lambda parameters, clip_value: parameters[0].grad.zero_(), "gradient 0 (512, 28) has 0"),
         ("value-clip", lambda parameters, clip_value: None, "gradient 0 (512, 28) has"),
         ("value-clip", _raise, "raised RuntimeError: out of order"),
+        ("each-norm", lambda grads: torch.ones(len(grads)), "norm 0 is 1 where float64 has 120"),
+        ("each-clip", lambda grads, max_norm: torch.stack([g.norm() for g in grads]), "gradient 0 (512, 28) has"),
+        ("unit-noop", lambda parameters, factor: parameters[1].grad[-1].zero_(), "gradient 1 (512, 128) has 0 instead"),
     ],
 )
 def test_red_gate_prints_no_time(regime, function, message, monkeypatch, tmp_path, capsys):
-    name = next(r.function for r in REGIMES if r.name == regime)
+    name = next(r.function for r in (*REGIMES, *EACH) if r.name == regime)
     broken = Provider("broken", SimpleNamespace(**{name: function}))
     monkeypatch.setattr(providers, "available", lambda _: [Provider(BASELINE, torch.nn.utils, gated=False), broken])
     path = tmp_path / "report.json"
@@ -140,7 +143,7 @@ def test_chart_of_nothing_but_red_rows_is_empty(monkeypatch, tmp_path):
 def test_regimes_hold_for_every_call():
     """Restored gradients are over the bound in the clipping regimes and untouched by torch in the others."""
     gradients = Gradients(cases()["lstm"], CPU)
-    for regime in REGIMES:
+    for regime in (*REGIMES, *EACH):
         gradients.restore()
         providers.available(CPU)[0].call(regime, gradients)()
         changed = any(not torch.equal(g, s) for g, s in zip(gradients.grads, gradients.saved, strict=True))
@@ -162,6 +165,17 @@ def test_saved_run_has_table_chart_and_bars(tmp_path, monkeypatch, capsys):
     verdicts = [bar["verdict"] for bar in json.loads(rows.read_text())["bars"]]
     assert verdicts == ["miss", "not measured"]
     assert "not measured" in capsys.readouterr().out
+    assert main([*ONE_ROUND_EACH, "--regime", "norm-clip", "--bars"]) == 0
+    assert "miss" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_has_written_what_it_knew(tmp_path, monkeypatch):
+    runs = iter([run.run_case, _raise])
+    monkeypatch.setattr("fastclip.bench.run_case", lambda *arguments: next(runs)(*arguments))
+    path = tmp_path / "rows.json"
+    with pytest.raises(RuntimeError, match="out of order"):
+        main([*ONE_ROUND_EACH, "--case", "1000-tiny", "--regime", "total-norm", "--json", str(path)])
+    assert {row["case"] for row in json.loads(path.read_text())["rows"]} == {"lstm"}
 
 
 def test_tables_without_rich(monkeypatch, capsys):

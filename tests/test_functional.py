@@ -158,6 +158,24 @@ def test_per_example(backend, dtype, per_layer):
     reference.assert_bits(grads, before)
 
 
+def test_per_example_of_any_layout_and_size(backend):
+    generator = torch.Generator().manual_seed(4)
+    made = torch.randn(9, 4, 6, 50_000, generator=generator) * torch.linspace(0.5, 1.5, 9).reshape(9, 1, 1, 1)
+    # Dense but permuted; in part of a row; of another dtype; without elements.
+    grads = [made.permute(0, 2, 3, 1), made[..., :77], made[:, 0, 0, :13].double(), made[:, :0]]
+    sums, count = F.per_example_clip(grads, 900.0)
+    norms = torch.stack([g.double().reshape(9, -1).norm(dim=1) for g in grads]).norm(dim=0)
+    assert 0 < count < 9
+    assert count == (norms > 900.0).sum()
+    coefs = (900.0 / norms).clamp(max=1.0)
+    for total, grad in zip(sums, grads, strict=True):
+        assert (total.shape, total.dtype) == (grad.shape[1:], grad.dtype)
+        torch.testing.assert_close(total.double(), torch.einsum("b,b...->...", coefs, grad.double()), rtol=0, atol=3e-6)
+    sums, count = F.per_example_clip([torch.ones(0, 3), torch.ones(0, 2)], 1.0)
+    assert [s.tolist() for s in sums] == [[0.0] * 3, [0.0] * 2]
+    assert count == 0
+
+
 def test_a_broken_example_does_not_reach_the_count_of_others():
     grads = [torch.tensor([[math.inf, 1.0], [0.3, 0.4]])]
     sums, count = F.per_example_clip(grads, 1.0)

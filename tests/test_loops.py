@@ -80,6 +80,11 @@ def run_grid(threads: int) -> dict:
                 out["scale", dtype, values] = torch.cat([base for base, _ in grid])
                 ops.clamp_([view for _, view in grid], -0.2, 0.2)
                 out["clamp", dtype, values] = torch.cat([base for base, _ in grid])
+            # Four examples at a time are in cache, and the last of them alone; a tail; a sum that no vector has whole.
+            examples = [torch.randn(9, n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (300_037, 5)]
+            for per_layer in (False, True):
+                sums, counts = fastclip.functional.per_example_clip(examples, 3.0, per_layer=per_layer)
+                out["per example", dtype, str(per_layer)] = torch.cat([*sums, counts.reshape(-1).to(dtype)])
             for coef in COEFS:
                 ops.scale_([every := patterns(dtype)], torch.tensor(coef, dtype=torch.float64))
                 out["scale", dtype, str(coef)] = every

@@ -12,11 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastclip
 import reference
 from cases import grid, parameters
+from fastclip._dispatch import BACKENDS
 
 OPS = torch.ops.fastclip
 SCHEMAS = {
     "norm_partial": "fastclip::norm_partial(Tensor[] tensors, float norm_type) -> Tensor",
     "tensor_norms": "fastclip::tensor_norms(Tensor[] tensors, float norm_type) -> Tensor",
+    "tensor_stats": "fastclip::tensor_stats(Tensor[] tensors) -> Tensor",
     "scale_": "fastclip::scale_(Tensor(a!)[] tensors, Tensor clip_coef, *, bool zero=False) -> ()",
     "scale_each_": "fastclip::scale_each_(Tensor(a!)[] tensors, Tensor coefs) -> ()",
     "sanitize_": "fastclip::sanitize_(Tensor(a!)[] tensors) -> ()",
@@ -42,6 +44,7 @@ def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
     return {
         "norm_partial": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
         "tensor_norms": [((2.0,), {}), ((math.inf,), {}), ((0.0,), {})],
+        "tensor_stats": [((), {})],
         "scale_": [((torch.tensor(0.5, dtype=torch.float64),), {}), ((torch.tensor(0.0),), {"zero": True})],
         "scale_each_": [((torch.linspace(0.25, 1, count, dtype=torch.float64),), {})],
         "sanitize_": [((), {})],
@@ -57,6 +60,13 @@ def arguments(name: str, count: int = 2) -> list[tuple[tuple, dict]]:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name):
     assert str(getattr(OPS, name).default._schema) == SCHEMAS[name]
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_every_backend_has_every_op(backend_name):
+    # What a list of a GPU needs is looked up only there: under a mode, or beside other lists.
+    names = vars(BACKENDS[backend_name])
+    assert set(SCHEMAS) <= names.keys() | names.get("_KERNELS", {}).keys()
 
 
 # torch >= 2.14: its own check reads the .grad of a tensor that is not a leaf.

@@ -150,3 +150,35 @@ def test_opacus():
     sums, _ = F.per_example_clip(grads, 2.0)
     for p, total in zip(made, sums, strict=True):
         torch.testing.assert_close(total, p.summed_grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("history", [4, 1000])
+def test_autoclip(history):
+    autoclip = pytest.importorskip("autoclip.torch", exc_type=ImportError)
+    theirs = torch.nn.Parameter(torch.zeros(2))
+    clipper = autoclip.QuantileClip([theirs], quantile=0.6, history_length=history, global_threshold=True)
+    ours = policy.AutoClip(percentile=60.0, history=history, include_current=False)
+    for norm in NORMS:
+        theirs.grad = torch.tensor([0.6, -0.8]) * norm
+        clipper.step()
+        (weight,) = parameters([torch.tensor([0.6, -0.8]) * norm])
+        ours.clip_([weight])
+        torch.testing.assert_close(weight.grad, theirs.grad, rtol=1e-5, atol=0)
+
+
+def test_pytorch_optimizer_adagc():
+    package = pytest.importorskip("pytorch_optimizer", exc_type=ImportError)
+    made = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    # Its Adam keeps the clipped gradient itself where the first moment forgets at once.
+    options = {"lr": 0.0, "betas": (0.0, 0.9), "beta": 0.98, "lambda_rel": 1.05, "weight_decay": 0.0, "eps": 1e-8}
+    theirs = package.AdaGC(made, **options, warmup_steps=6)
+    ours = policy.AdaGC(ratio=1.05, beta=0.98, warmup_steps=5, eps=1e-8)
+    for norm in NORMS:
+        grads = [torch.tensor([0.6, -0.8]) * norm, torch.tensor([0.5, 0.2]) / norm]
+        for parameter, grad in zip(made, grads, strict=True):
+            parameter.grad = grad.clone()
+        theirs.step()
+        mine = parameters(grads)
+        ours.clip_(mine)
+        for weight, parameter in zip(mine, made, strict=True):
+            torch.testing.assert_close(weight.grad, theirs.state[parameter]["exp_avg"], rtol=1e-5, atol=0)

@@ -68,7 +68,7 @@ def test_the_norm_is_rounded_once():
 
 @needs_triton
 def test_ops():
-    assert interpret("ops") == 6
+    assert interpret("ops") == 7
 
 
 @needs_triton

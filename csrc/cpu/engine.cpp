@@ -52,6 +52,10 @@ constexpr Engine kEngine = {
       store(norm, total_norm(tensors.views, norm_type));
     },
     [](const Tensors& tensors, double norm_type, double* out) { norms(tensors.views, norm_type, out); },
+    [](const Tensors& tensors, double* table, Number partial) {
+      const DefaultFloatMode mode;
+      store(partial, stats(tensors.views, table));
+    },
     [](const Tensors& tensors, Number coef, bool zero) {
       const DefaultFloatMode mode;
       scale(tensors.views, load(coef), zero);
@@ -79,6 +83,35 @@ constexpr Engine kEngine = {
     },
 };
 
+// clipped_sums(examples, sums, max_norm, per_layer, norms), as in passes.h; the lists are units and tensors of `units`.
+python::Owned clipped_sums_of(const python::Arguments& arguments) {
+  const Tensors& examples = python::to_tensors(arguments[0]);
+  const Tensors& sums = python::to_tensors(arguments[1]);
+  const double max_norm = arguments.to_double(2);
+  const bool per_layer = arguments.to_bool(3);
+  const size_t tensors = sums.views.size(), batch = tensors == 0 ? 0 : examples.views.size() / tensors;
+  bool match = examples.views.size() == tensors * batch;
+  for (size_t i = 0; match && i < tensors * batch; ++i) {
+    const TensorView &example = examples.views[i], &sum = sums.views[i / batch];
+    match = example.dtype == sum.dtype && example.numel == sum.numel && example.dims == nullptr && sum.dims == nullptr;
+  }
+  if (!match)
+    throw std::runtime_error("fastclip: expected sums of the shape and dtype of the examples, dense as those");
+  double* const norms =
+      Builtins<kEngine>::numbers_of(arguments[4], static_cast<int64_t>(per_layer ? tensors * batch : batch));
+  return Builtins<kEngine>::run(examples, [&] {
+    if (tensors > 0) cpu::clipped_sums(examples.views, sums.views, max_norm, per_layer, norms);
+  });
+}
+
+python::Owned functions() {
+  static PyMethodDef method = python::method<clipped_sums_of>("clipped_sums");
+  python::Owned all = Builtins<kEngine>::all();
+  const python::Owned function = python::checked(PyCFunction_NewEx(&method, nullptr, nullptr));
+  python::check(PyDict_SetItemString(all.get(), method.name, function.get()));
+  return all;
+}
+
 }  // namespace
 }  // namespace fastclip::cpu
 
@@ -98,5 +131,5 @@ FASTCLIP_EXPORT const char* fastclip_cpu_isa() { return cpu::loops().isa; }
 // With the GIL. The engine's builtins by name, or null and a Python error.
 FASTCLIP_EXPORT PyObject* fastclip_cpu_functions(const dlpack::Exchange* exchange) {
   dlpack::exchange = exchange;
-  return python::given([] { return Builtins<cpu::kEngine>::all(); });
+  return python::given([] { return cpu::functions(); });
 }

@@ -17,14 +17,26 @@ struct Partial {
   double rounded() const { return value - value == 0.0 ? value + error : value; }
 };
 
+// What a look at some elements tells.
+struct Stats {
+  Partial squares{0.0};
+  double largest = 0.0;  // magnitude; NaN where one is
+  int64_t nonfinite = 0;
+  int64_t zeros = 0;
+};
+
 struct Loops {
   const char* isa;
   // Partial of n elements: sum |x|^2, sum |x|, max |x|, min |x|, or 1 if any is non-zero. kPow is norm_pow below.
   Partial (*norm_partial[kNumDtypes][kNumNormKinds])(const void* x, int64_t n);
+  // Of n elements, with the sum of squares to the bits of norm_partial.
+  Stats (*stats[kNumDtypes])(const void* x, int64_t n);
   // x *= coef, with coef rounded to the opmath type of the dtype. Coefficients below float32 are for scale_wide below.
   void (*scale[kNumDtypes])(void* x, int64_t n, double coef);
   // x = min(max(x, lo), hi), NaN kept, storing only vectors that change; returns whether any did.
   bool (*clamp[kNumDtypes])(void* x, int64_t n, double lo, double hi);
+  // sum += coefs[0] * x[0] + ..., in that order and in the opmath type of the dtype, over `count` rows of n elements.
+  void (*add_scaled[kNumDtypes])(void* sum, const void* const* x, const double* coefs, int64_t count, int64_t n);
 };
 
 extern const Loops kLoopsScalar;

@@ -63,6 +63,7 @@ struct Avx2 {
   }
   static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
   static __m256d broadcast(double x) { return _mm256_set1_pd(x); }
+  static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m256 mul(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
   static __m256d mul(__m256d a, __m256d b) { return _mm256_mul_pd(a, b); }
   // max and min return their second operand when either is NaN: x survives.

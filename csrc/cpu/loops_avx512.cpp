@@ -66,6 +66,7 @@ struct Avx512 {
   }
   static __m512 broadcast(float x) { return _mm512_set1_ps(x); }
   static __m512d broadcast(double x) { return _mm512_set1_pd(x); }
+  static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static __m512 mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
   static __m512d mul(__m512d a, __m512d b) { return _mm512_mul_pd(a, b); }
   // max and min return their second operand when either is NaN: x survives.

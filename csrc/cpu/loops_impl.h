@@ -39,7 +39,10 @@ struct Scalar {
     return to_double(*x);
   }
   static void store(double* lanes, double x) { *lanes = x; }
-  static double add(double a, double b) { return a + b; }
+  template <class A>
+  static A add(A a, A b) {
+    return a + b;
+  }
   static double sub(double a, double b) { return a - b; }
   static double abs(double x) { return std::fabs(x); }
   static double add_square(double sum, double x) { return sum + x * x; }
@@ -126,9 +129,28 @@ inline void add_exactly(typename V::Doubles* sum, typename V::Doubles* error, ty
   *error = V::add(*error, V::add(lost, term_error));
 }
 
+// Looks at no element beside the sum.
+struct NoLook {
+  static constexpr int kBlock = 0;
+};
+
+// Calls step(i) for whole steps of so many of n elements, and look(i, count) for all of them, block by block, while
+// they are in the L1 cache. Returns where the last step ended.
+template <int kStep, class Step, class Look>
+inline int64_t for_each_step(int64_t n, const Step& step, Look& look) {
+  int64_t i = 0;
+  if constexpr (Look::kBlock > 0) {
+    for (; i + Look::kBlock <= n; look(i, Look::kBlock), i += Look::kBlock)
+      for (int64_t j = i; j < i + Look::kBlock; j += kStep) step(j);
+    if (i < n) look(i, n - i);
+  }
+  for (; i + kStep <= n; i += kStep) step(i);
+  return i;
+}
+
 // Sums of float64 as pairs.
-template <class V, class Term>
-Partial norm_pairs(const void* data, int64_t n) {
+template <class V, class Term, class Look = NoLook>
+Partial norm_pairs(const void* data, int64_t n, Look&& look = {}) {
   constexpr int kPairs = 16, kRegisters = kPairs / V::kDoubles;
   const double* x = static_cast<const double*>(data);
   typename V::Doubles sums[kRegisters], errors[kRegisters];
@@ -140,11 +162,11 @@ Partial norm_pairs(const void* data, int64_t n) {
       add_exactly<V>(&sums[r], &errors[r], term, error);
     }
   };
-  int64_t i = 0;
-  for (; i + kPairs <= n; i += kPairs) {
+  const auto step = [&](int64_t i) {
     prefetch(x + i, kPairs);
     add_block(x + i);
-  }
+  };
+  const int64_t i = for_each_step<kPairs>(n, step, look);
   if (i < n) {  // the tail, padded with zeros, which add nothing
     double tail[kPairs] = {};
     std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(double));
@@ -162,8 +184,8 @@ Partial norm_pairs(const void* data, int64_t n) {
   return {lanes[0], lost[0]};
 }
 
-template <class V, class T, class Term>
-Partial norm_sum(const void* data, int64_t n) {
+template <class V, class T, class Term, class Look = NoLook>
+Partial norm_sum(const void* data, int64_t n, Look&& look = {}) {
   constexpr int kRegisters = kLanes / V::kDoubles;
   const T* x = static_cast<const T*>(data);
   typename V::Doubles sums[kRegisters];
@@ -171,11 +193,11 @@ Partial norm_sum(const void* data, int64_t n) {
   const auto add_block = [&sums](const T* block) {
     for (int r = 0; r < kRegisters; ++r) sums[r] = Term::template add<V>(sums[r], V::load(block + r * V::kDoubles));
   };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  const auto step = [&](int64_t i) {
     prefetch(x + i, kLanes);
     add_block(x + i);
-  }
+  };
+  const int64_t i = for_each_step<kLanes>(n, step, look);
   if (i < n) {  // the tail, padded with zeros, which add nothing
     T tail[kLanes] = {};
     std::memcpy(tail, x + i, static_cast<size_t>(n - i) * sizeof(T));
@@ -200,6 +222,13 @@ template <class T>
 magnitude_t<T> magnitude(const T& x) {
   return bit_cast<magnitude_t<T>>(x) & (std::numeric_limits<magnitude_t<T>>::max() >> 1);
 }
+
+// The bits of infinity.
+template <class T>
+constexpr magnitude_t<T> kInfinity = std::is_same_v<T, double>     ? magnitude_t<T>(0x7ff0000000000000)
+                                     : std::is_same_v<T, float>    ? magnitude_t<T>(0x7f800000)
+                                     : std::is_same_v<T, bfloat16> ? magnitude_t<T>(0x7f80)
+                                                                   : magnitude_t<T>(0x7c00);
 
 // The compiler vectorises the integer loops for the ISA of the file.
 template <class T>
@@ -233,6 +262,51 @@ Partial norm_any(const void* data, int64_t n) {
   magnitude_t<T> any = 0;
   for (int64_t i = 0; i < n; ++i) any |= magnitude(x[i]);
   return {any != 0 ? 1.0 : 0.0};
+}
+
+// The largest magnitude and the counts, of blocks that were just read. Most blocks have nothing to count: their
+// extremes tell.
+template <class T>
+struct Counts {
+  static constexpr int kBlock = 8192 / sizeof(T);
+  const T* x;
+  magnitude_t<T> largest = 0;
+  int64_t nonfinite = 0, zeros = 0;
+
+  void operator()(int64_t begin, int64_t count) {
+    magnitude_t<T> most = 0, least = std::numeric_limits<magnitude_t<T>>::max();
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const magnitude_t<T> m = magnitude(x[i]);
+      most = m > most ? m : most;
+      least = m < least ? m : least;
+    }
+    largest = most > largest ? most : largest;
+    // A block is too short for the counts to leave 16 bits.
+    if (most >= kInfinity<T>) nonfinite += count_of(begin, count, [](auto m) { return m >= kInfinity<T>; });
+    if (least == 0) zeros += count_of(begin, count, [](auto m) { return m == 0; });
+  }
+
+ private:
+  template <class Is>
+  magnitude_t<T> count_of(int64_t begin, int64_t count, const Is& is) const {
+    magnitude_t<T> found = 0;
+    for (int64_t i = begin; i < begin + count; ++i) found = static_cast<magnitude_t<T>>(found + is(magnitude(x[i])));
+    return found;
+  }
+};
+
+template <class V, class T>
+Stats stats(const void* data, int64_t n) {
+  Counts<T> counts{static_cast<const T*>(data)};
+  Stats found;
+  if constexpr (std::is_same_v<T, double>)
+    found.squares = norm_pairs<V, Squares>(data, n, counts);
+  else
+    found.squares = norm_sum<V, T, Squares>(data, n, counts);
+  found.largest = to_double(bit_cast<T>(counts.largest));
+  found.nonfinite = counts.nonfinite;
+  found.zeros = counts.zeros;
+  return found;
 }
 
 template <class V, class T>
@@ -288,21 +362,59 @@ bool clamp(void* data, int64_t n, double lo_wide, double hi_wide) {
   return changed;
 }
 
+template <int kRows, class V, class T>
+void add_rows(opmath_t<T>* sum, const void* const* rows, const double* coefs, int64_t n) {
+  const T* x[kRows];
+  opmath_t<T> c[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = static_cast<const T*>(rows[r]);
+    c[r] = static_cast<opmath_t<T>>(coefs[r]);
+  }
+  int64_t i = 0;
+  for (; i + V::template width<T> <= n; i += V::template width<T>) {
+    auto total = V::load_opmath(sum + i);
+    for (int r = 0; r < kRows; ++r) total = V::add(total, V::mul(V::load_opmath(x[r] + i), V::broadcast(c[r])));
+    V::store_opmath(sum + i, total);
+  }
+  for (; i < n; ++i)
+    for (int r = 0; r < kRows; ++r) sum[i] += Scalar::load_opmath(x[r] + i) * c[r];
+}
+
+// The sums are read and written once for every four rows.
+template <class V, class T>
+void add_scaled(void* sum, const void* const* x, const double* coefs, int64_t count, int64_t n) {
+  constexpr int kRows = 4;
+  auto* const sums = static_cast<opmath_t<T>*>(sum);
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) add_rows<kRows, V, T>(sums, x + r, coefs + r, n);
+  for (; r < count; ++r) add_rows<1, V, T>(sums, x + r, coefs + r, n);
+}
+
 template <class V, class T>
 constexpr void fill(Loops& loops, Dtype dtype) {
   const int d = static_cast<int>(dtype);
   if constexpr (std::is_same_v<T, double>) {
-    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_pairs<V, Squares>;
-    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_pairs<V, Magnitudes>;
+    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = [](const void* x, int64_t n) {
+      return norm_pairs<V, Squares>(x, n);
+    };
+    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = [](const void* x, int64_t n) {
+      return norm_pairs<V, Magnitudes>(x, n);
+    };
   } else {
-    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = norm_sum<V, T, Squares>;
-    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = norm_sum<V, T, Magnitudes>;
+    loops.norm_partial[d][static_cast<int>(NormKind::kSquares)] = [](const void* x, int64_t n) {
+      return norm_sum<V, T, Squares>(x, n);
+    };
+    loops.norm_partial[d][static_cast<int>(NormKind::kAbs)] = [](const void* x, int64_t n) {
+      return norm_sum<V, T, Magnitudes>(x, n);
+    };
   }
   loops.norm_partial[d][static_cast<int>(NormKind::kMax)] = norm_max<T>;
   loops.norm_partial[d][static_cast<int>(NormKind::kMin)] = norm_min<T>;
   loops.norm_partial[d][static_cast<int>(NormKind::kCount)] = norm_any<T>;
+  loops.stats[d] = stats<V, T>;
   loops.scale[d] = scale<V, T>;
   loops.clamp[d] = clamp<V, T>;
+  loops.add_scaled[d] = add_scaled<V, T>;
 }
 
 template <class V>

@@ -56,6 +56,9 @@ struct Neon {
   static Doubles add(Doubles a, Doubles b) {
     return each([=](int i) { return vaddq_f64(a.part[i], b.part[i]); });
   }
+  static Floats add(Floats a, Floats b) {
+    return each([=](int i) { return vaddq_f32(a.part[i], b.part[i]); });
+  }
   static Doubles sub(Doubles a, Doubles b) {
     return each([=](int i) { return vsubq_f64(a.part[i], b.part[i]); });
   }

@@ -33,15 +33,16 @@ struct ChunkTable {
   std::vector<Chunk> chunks;
   int64_t cost = 0;
 
-  explicit ChunkTable(const TensorViews& tensors) {
+  // Chunks of so many elements, each of which is passed over so many times.
+  explicit ChunkTable(const TensorViews& tensors, int64_t chunk_size = kChunkSize, int64_t times = 1) {
     size_t size = 0;
-    for (const TensorView* tensor : tensors) size += static_cast<size_t>((tensor->numel + kChunkSize - 1) / kChunkSize);
+    for (const TensorView* tensor : tensors) size += static_cast<size_t>((tensor->numel + chunk_size - 1) / chunk_size);
     chunks.reserve(size);
     for (const TensorView* tensor : tensors) {
-      for (int64_t begin = 0; begin < tensor->numel; begin += kChunkSize) {
-        const int64_t count = std::min<int64_t>(kChunkSize, tensor->numel - begin);
+      for (int64_t begin = 0; begin < tensor->numel; begin += chunk_size) {
+        const int64_t count = std::min(chunk_size, tensor->numel - begin);
         chunks.push_back({tensor, begin, count, cost});
-        cost += kChunkCost + count * element_size(tensor->dtype);
+        cost += kChunkCost + count * element_size(tensor->dtype) * times;
       }
     }
   }
@@ -171,6 +172,16 @@ double round_to(Dtype dtype, double bound) {
   return bound;
 }
 
+void round_all(Dtype dtype, const float* from, void* to, int64_t count) {
+  const auto round_into = [&](auto* out) {
+    for (int64_t i = 0; i < count; ++i) from_float(from[i], out + i);
+  };
+  if (dtype == Dtype::kBFloat16)
+    round_into(static_cast<bfloat16*>(to));
+  else
+    round_into(static_cast<float16*>(to));
+}
+
 // combine(), without rounding the smaller sum away.
 Partial combine_exactly(NormKind kind, Partial a, Partial b) {
   const double value = combine(kind, a.value, b.value);
@@ -278,6 +289,40 @@ void norms(const std::vector<TensorView>& tensors, double norm_type, double* nor
   });
 }
 
+double stats(const std::vector<TensorView>& tensors, double* table) {
+  const DefaultFloatMode mode;
+  std::fill(table, table + 4 * tensors.size(), 0.0);
+  const ChunkTable chunks(nonempty(tensors));
+  std::vector<Stats> found(chunks.chunks.size());
+  const Loops& isa = loops();
+  const auto add = [](Stats* sum, const Stats& part) {
+    sum->squares = combine_exactly(NormKind::kSquares, sum->squares, part.squares);
+    sum->largest = max_nan(sum->largest, part.largest);
+    sum->nonfinite += part.nonfinite;
+    sum->zeros += part.zeros;
+  };
+  const AOTITorchError error = for_each_chunk(chunks, Walk::kForward, [&](int64_t i) {
+    const Chunk& chunk = chunks.chunks[i];
+    for_each_run(chunk, [&](const char* data, int64_t count) {
+      add(&found[i], isa.stats[static_cast<int>(chunk.tensor->dtype)](data, count));
+      return false;
+    });
+  });
+  check_torch(error, "torch_parallel_for");
+  Stats all;
+  for (const Stats& each : found) add(&all, each);
+  for_each_tensor(chunks, [&](const TensorView* tensor, size_t begin, size_t end) {
+    Stats sum;
+    for (size_t i = begin; i < end; ++i) add(&sum, found[i]);
+    double* const row = table + 4 * (tensor - tensors.data());
+    row[0] = sum.squares.rounded();
+    row[1] = sum.largest;
+    row[2] = static_cast<double>(sum.nonfinite);
+    row[3] = static_cast<double>(sum.zeros);
+  });
+  return all.squares.rounded();
+}
+
 namespace {
 
 // x *= coef_of(tensor).
@@ -334,6 +379,66 @@ void clamp(const std::vector<TensorView>& tensors, double lo, double hi) {
     const int d = static_cast<int>(tensor.dtype);
     return isa.clamp[d](data, count, los[d], his[d]);
   });
+}
+
+void clipped_sums(const std::vector<TensorView>& examples, const std::vector<TensorView>& sums, double max_norm,
+                  bool per_layer, double* norms) {
+  // Examples at a time, a multiple of the rows that the loop adds at once: they are added up while in cache.
+  constexpr size_t kCacheBytes = size_t{4} << 20, kRows = 4;
+  const DefaultFloatMode mode;
+  const size_t batch = examples.size() / sums.size();
+  size_t example_bytes = 1, num_halves = 0;
+  std::vector<size_t> first_half;  // where the float32 sums of a tensor of 16 bits begin
+  for (const TensorView& sum : sums) {
+    std::memset(sum.data, 0, static_cast<size_t>(sum.numel * element_size(sum.dtype)));
+    example_bytes += static_cast<size_t>(sum.numel * element_size(sum.dtype));
+    first_half.push_back(num_halves);
+    if (element_size(sum.dtype) == 2) num_halves += static_cast<size_t>(sum.numel);
+  }
+  std::vector<float> halves(num_halves);
+  const size_t at_once = std::max(kCacheBytes / example_bytes / kRows, size_t{1}) * kRows;
+  const ChunkTable columns(nonempty(sums), 4096, static_cast<int64_t>(at_once));
+  std::vector<Partial> squares(examples.size());
+  std::vector<double> coefs(examples.size());
+  const Loops& isa = loops();
+  for (size_t first = 0; first < batch; first += at_once) {
+    const size_t last = std::min(first + at_once, batch);
+    TensorViews block;
+    for (size_t k = 0; k < sums.size(); ++k)
+      for (size_t i = first; i < last; ++i) block.push_back(&examples[k * batch + i]);
+    const ChunkTable table(block);
+    const std::vector<Partial> partials = partials_of(table, 2.0, false);
+    for_each_tensor(table, [&](const TensorView* example, size_t begin, size_t end) {
+      Partial& sum = squares[static_cast<size_t>(example - examples.data())];
+      for (size_t c = begin; c < end; ++c) sum = combine_exactly(NormKind::kSquares, sum, partials[c]);
+    });
+    for (size_t i = first; i < last; ++i) {
+      Partial all{};
+      for (size_t k = 0; k < sums.size(); ++k) all = combine_exactly(NormKind::kSquares, all, squares[k * batch + i]);
+      for (size_t k = 0; k < sums.size(); ++k) {
+        const double norm = std::sqrt((per_layer ? squares[k * batch + i] : all).rounded());
+        norms[per_layer ? k * batch + i : i] = norm;
+        coefs[k * batch + i] = norm <= max_norm ? 1.0 : max_norm / norm;
+      }
+    }
+    const AOTITorchError error = for_each_chunk(columns, Walk::kForward, [&](int64_t c) {
+      const Chunk& chunk = columns.chunks[c];
+      const size_t k = static_cast<size_t>(chunk.tensor - sums.data());
+      const int64_t size = element_size(chunk.tensor->dtype);
+      char* const out = chunk.tensor->data + chunk.begin * size;
+      float* const wide = size == 2 ? halves.data() + first_half[k] + chunk.begin : nullptr;
+      for (size_t i = first; i < last; i += kRows) {
+        const void* rows[kRows];
+        const size_t count = std::min(kRows, last - i);
+        for (size_t r = 0; r < count; ++r) rows[r] = examples[k * batch + i + r].data + chunk.begin * size;
+        isa.add_scaled[static_cast<int>(chunk.tensor->dtype)](wide != nullptr ? static_cast<void*>(wide) : out, rows,
+                                                              &coefs[k * batch + i], static_cast<int64_t>(count),
+                                                              chunk.count);
+      }
+      if (wide != nullptr && last == batch) round_all(chunk.tensor->dtype, wide, out, chunk.count);
+    });
+    check_torch(error, "torch_parallel_for");
+  }
 }
 
 }  // namespace fastclip::cpu

@@ -18,6 +18,10 @@ double total_norm(const std::vector<TensorView>& tensors, double norm_type);
 // norms[i] = the total norm of tensor i alone.
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* norms);
 
+// table[4 i] = of tensor i sum |x|^2, max |x|, how many elements are not finite, and how many are 0. Returns the sum of
+// squares of all, to the bits of norm_partial.
+double stats(const std::vector<TensorView>& tensors, double* table);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
 void scale(const std::vector<TensorView>& tensors, double coef, bool zero);
@@ -31,5 +35,11 @@ void sanitize(const std::vector<TensorView>& tensors);
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only registers that change.
 // The bounds have passed check_bound.
 void clamp(const std::vector<TensorView>& tensors, double lo, double hi);
+
+// sums[k] = the sum of the examples of tensor k, each clipped to max_norm by its norm over all tensors, or with
+// `per_layer` over one; norms receives those. The examples come tensor after tensor, as many of each, with the layout
+// of its sum.
+void clipped_sums(const std::vector<TensorView>& examples, const std::vector<TensorView>& sums, double max_norm,
+                  bool per_layer, double* norms);
 
 }  // namespace fastclip::cpu

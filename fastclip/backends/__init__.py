@@ -8,6 +8,8 @@
   tensors; the norm before its root.
 - ``total_norm(tensors, norm_type) -> Tensor``: 0-dim, wide: the norm, also of an order whose powers leave float64.
 - ``tensor_norms(tensors, norm_type) -> Tensor``: (N,), wide: the total norm of each tensor alone.
+- ``tensor_stats(tensors) -> Tensor``: (N, 4), wide: of each tensor ``sum |x|^2``, ``max |x|``, how many elements are
+  not finite, and how many are 0. A NaN makes the first two NaN.
 - ``scale_(tensors, clip_coef, *, zero)``: ``x *= clip_coef`` with a 0-dim wide coefficient on the tensors' device; with
   ``zero`` a coefficient of 0 makes zeros also of inf and NaN.
 - ``scale_each_(tensors, coefs)``: ``x *= coefs[i]`` for tensor i, (N,), wide.

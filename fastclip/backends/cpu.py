@@ -13,6 +13,7 @@ from .._ops import sanitize_ as sanitize_
 from .._ops import scale_ as scale_
 from .._ops import scale_each_ as scale_each_
 from .._ops import tensor_norms as tensor_norms
+from .._ops import tensor_stats as tensor_stats
 from .eager import total_norm as total_norm
 
 NAME = "cpu"

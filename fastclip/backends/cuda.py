@@ -11,6 +11,9 @@ from .._ops import clip_grad_norm_ as clip_grad_norm_
 from .._ops import norm_partial as norm_partial
 from .._ops import sanitize_ as sanitize_
 from .._ops import scale_ as scale_
+from .._ops import scale_each_ as scale_each_
+from .._ops import tensor_norms as tensor_norms
+from .._ops import tensor_stats as tensor_stats
 from . import cpu
 from .eager import total_norm as total_norm
 

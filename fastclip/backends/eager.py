@@ -59,6 +59,18 @@ def tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     return torch.stack([total_norm([tensor], norm_type) for tensor in tensors])
 
 
+@torch.no_grad()
+def tensor_stats(tensors: list[Tensor]) -> Tensor:
+    """Of each tensor, wide: ``sum |x|^2``, ``max |x|``, how many elements are not finite, and how many are 0."""
+    rows = []
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
+        norm = _vector_norm(tensor, 2.0)
+        nonfinite, zeros = (~values.isfinite()).sum(), tensor.numel() - torch.count_nonzero(values)
+        rows.append(torch.stack([norm.square(), _vector_norm(tensor, math.inf), nonfinite.to(norm), zeros.to(norm)]))
+    return torch.stack(rows)
+
+
 def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
     """Whether some sum of up to 2^48 powers of numbers of a dtype may leave float64, as in csrc/clip.h."""
     return abs(norm_type) * _REACH[dtype] > 900

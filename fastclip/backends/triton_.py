@@ -364,6 +364,26 @@ def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     return norms
 
 
+def _tensor_stats(tensors: list[Tensor]) -> Tensor:
+    from . import triton_kernels
+
+    placed, device = _read_places(tensors), tensors[0].device
+    stats = torch.zeros(len(tensors), 4, dtype=_WIDE, device=device)
+    if not placed:
+        return stats
+    with _on(device):
+        places, spans = zip(*placed, strict=True)
+        table = make_table(spans, CHUNK, places=places)
+        words = _to_device(table.words, device)
+        partials = torch.empty(table.slots, 4, dtype=_WIDE, device=device)
+        _launch_all("stats_partial_kernel", table, words, partials)
+        for launch in table.launches:
+            triton_kernels.stats_finish_kernel[(launch.tensors,)](
+                words[launch.offset :], partials, stats, CHUNK=CHUNK, BLOCK=_TENSOR_BLOCK, num_warps=1
+            )
+    return stats
+
+
 def _scale_each_(tensors: list[Tensor], coefs: Tensor) -> None:
     placed = _read_places(tensors)
     device = tensors[0].device if tensors else coefs.device
@@ -484,6 +504,7 @@ def _clip(
 _KERNELS = {
     "norm_partial": _norm_partial,
     "tensor_norms": _tensor_norms,
+    "tensor_stats": _tensor_stats,
     "scale_": _scale_,
     "scale_each_": _scale_each_,
     "sanitize_": _sanitize_,
@@ -505,6 +526,7 @@ if _USABLE:
             _ops.library.impl(_name, _kernel, _device.upper())
     norm_partial = torch.ops.fastclip_triton.norm_partial.default
     tensor_norms = torch.ops.fastclip_triton.tensor_norms.default
+    tensor_stats = torch.ops.fastclip_triton.tensor_stats.default
     scale_ = torch.ops.fastclip_triton.scale_.default
     scale_each_ = torch.ops.fastclip_triton.scale_each_.default
     sanitize_ = torch.ops.fastclip_triton.sanitize_.default

@@ -610,3 +610,91 @@ def clamp_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.con
             x = tl.load(body + offset[:, None], mask=exists[:, None], other=0)
             _clamp_vectors(body + offset[:, None], x, exists[:, None], low, high, DTYPE)
         chunk += tl.num_programs(0)
+
+
+@triton.jit
+def _look(bits, exists, sum, largest, nonfinite, zeros, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """Adds a block of numbers, as integers, to what is known of the chunk."""
+    INFINITY: tl.constexpr = (
+        0x7FF0000000000000
+        if BITS == 64
+        else (0x7F800000 if BITS == 32 else (0x7F80 if DTYPE == tl.bfloat16 else 0x7C00))
+    )
+    magnitude = _magnitude(bits, BITS)
+    x = _widen(bits if DTYPE == tl.bfloat16 else bits.to(DTYPE, bitcast=True), DTYPE)
+    sum += _wide_term(x, exists, 2.0, 1.0, 0)
+    largest = tl.maximum(largest, magnitude)
+    nonfinite += (magnitude >= INFINITY).to(tl.int32)
+    zeros += (exists & (magnitude == 0)).to(tl.int32)
+    return sum, largest, nonfinite, zeros
+
+
+@triton.jit
+def stats_partial_kernel(launch, partials, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Four numbers for each chunk of a launch: sum of |x|^2, max |x|, how many are not finite, how many are 0."""
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
+    MAGNITUDE: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
+    chunks = tl.load(launch + 1)
+    lane = tl.arange(0, BLOCK)
+    chunk = tl.program_id(0).to(tl.int64)
+    while chunk < chunks:
+        row = _find_row(launch, chunk)
+        body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+        sum = tl.zeros([BLOCK], tl.float64)
+        largest = tl.zeros([BLOCK], MAGNITUDE)
+        nonfinite = tl.zeros([BLOCK], tl.int32)
+        zeros = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, count, BLOCK):
+            exists = start + lane < count
+            bits = tl.load(body + start + lane, mask=exists, other=0)
+            sum, largest, nonfinite, zeros = _look(bits, exists, sum, largest, nonfinite, zeros, DTYPE, BITS)
+        offset, exists = _edges(count, head, tail, VECTOR)
+        edge = tl.zeros([2 * VECTOR], tl.int32)
+        edges, most, odd, none = _look(
+            tl.load(body + offset, mask=exists, other=0),
+            exists,
+            edge.to(tl.float64),
+            edge.to(MAGNITUDE),
+            edge,
+            edge,
+            DTYPE,
+            BITS,
+        )
+        slot = partials + 4 * (tl.load(row + 3) + (chunk - tl.load(row)))
+        tl.store(slot, tl.sum(sum) + tl.sum(edges))
+        tl.store(slot + 1, _magnitude_to_float(tl.maximum(tl.max(largest), tl.max(most)), DTYPE))
+        tl.store(slot + 2, (tl.sum(nonfinite) + tl.sum(odd)).to(tl.float64))
+        tl.store(slot + 3, (tl.sum(zeros) + tl.sum(none)).to(tl.float64))
+        chunk += tl.num_programs(0)
+
+
+@triton.jit
+def stats_finish_kernel(launch, partials, table, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers of each tensor of a launch from those of its chunks: a program for each."""
+    tensors = tl.load(launch)
+    row = launch + 4 + tl.program_id(0).to(tl.int64) * 4
+    place = tl.load(launch + 4 + tensors * 4 + tl.program_id(0))
+    first = partials + 4 * tl.load(row + 3)
+    slots = (tl.load(row + 2) + CHUNK - 1) // CHUNK
+    lane = tl.arange(0, BLOCK)
+    sum = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([BLOCK], tl.int64)
+    nonfinite = tl.zeros([BLOCK], tl.float64)
+    zeros = tl.zeros([BLOCK], tl.float64)
+    start = tl.zeros([], tl.int64)
+    while start < slots:
+        exists = start + lane < slots
+        one = first + 4 * (start + lane)
+        sum += tl.load(one, mask=exists, other=0.0)
+        magnitude = _magnitude(tl.load(one + 1, mask=exists, other=0.0).to(tl.int64, bitcast=True), 64)
+        largest = tl.maximum(largest, magnitude)
+        nonfinite += tl.load(one + 2, mask=exists, other=0.0)
+        zeros += tl.load(one + 3, mask=exists, other=0.0)
+        start += BLOCK
+    out = table + 4 * place
+    tl.store(out, tl.sum(sum))
+    tl.store(out + 1, tl.max(largest).to(tl.float64, bitcast=True))
+    tl.store(out + 2, tl.sum(nonfinite))
+    tl.store(out + 3, tl.sum(zeros))

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from . import bars, charts, providers, report
-from .cases import REGIMES, Case, cases, gpu_cases
+from .cases import EACH, REGIMES, Case, cases, gpu_cases
 from .run import run_case
 from .timing import Plan
 
 _FULL = Plan(budget_s=6.0, least=7, most=300)
 _QUICK = Plan(budget_s=0.15, least=3, most=30)
+_DEFAULT = [regime.name for regime in REGIMES]
 _GPU = Plan(budget_s=1.0, least=7, most=100)
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     listed = _cases(options.device, options.quick)
     chosen = {name: case for name, case in listed.items() if name in (options.case or name)}
-    regimes = [regime for regime in REGIMES if regime.name in (options.regime or regime.name)]
+    regimes = [regime for regime in (*REGIMES, *EACH) if regime.name in (options.regime or _DEFAULT)]
     everyone = providers.available(device)
     preferred = next(provider for provider in everyone if provider.gated)
     measured = [provider for provider in everyone if provider.name in (options.provider or provider.name)]
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in chosen.values():
             print(report.case_title(_entry(case)))
         print("regimes:", ", ".join(f"{regime.name} ({regime.what})" for regime in regimes))
+        print("where named, too:", ", ".join(f"{regime.name} ({regime.what})" for regime in EACH))
         print("providers:", ", ".join(provider.name for provider in everyone))
         return 0
     if options.threads:
@@ -66,12 +68,15 @@ def main(argv: list[str] | None = None) -> int:
         report.print_table(report.case_title(_entry(case)), header, [report.cells(row, header) for row in rows])
         result["cases"].append(_entry(case))
         result["rows"] += rows
+        _write(result, options)  # a run that is cut has told what it knew
     failed = any(row["ms"] is None for row in result["rows"])
-    if options.check_bars:
+    if options.bars or options.check_bars:
         result["bars"] = bars.check(result["rows"], preferred.name, conditions)
         report.print_table(f"bars for {preferred.name}", bars.HEADER, bars.cells(result["bars"]))
-        failed = failed or any(bar["verdict"] == "miss" for bar in result["bars"])
-    _write(result, options)
+        missed = any(bar["verdict"] == "miss" for bar in result["bars"])
+        failed = failed or (options.check_bars and missed)
+    for path in _write(result, options):
+        print(f"wrote {path}")
     return int(failed)
 
 
@@ -84,18 +89,20 @@ def _entry(case: Case) -> dict[str, Any]:
     return {"name": case.name, "what": case.what, **sizes}
 
 
-def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
+def _write(result: dict[str, Any], options: argparse.Namespace) -> list[Path]:
     saved = options.save and options.save / report.saved_name(result["conditions"])
     writers = (
         (options.json, None, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
         (None, ".md", lambda path: path.write_text(report.markdown(result))),
         (options.plot, ".png", lambda path: charts.ratio_chart(result, path)),
     )
+    written = []
     for named, suffix, write in writers:
         for path in filter(None, (named, saved and suffix and saved.with_name(saved.name + suffix))):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
-            print(f"wrote {path}")
+            written.append(path)
+    return written
 
 
 def _file(text: str) -> Path:
@@ -145,7 +152,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="only this case; repeatable",
     )
-    names = [regime.name for regime in REGIMES]
+    names = [regime.name for regime in (*REGIMES, *EACH)]
     add("--regime", action="append", choices=names, metavar="NAME", help="only this regime; repeatable")
     everyone = [provider.name for provider in providers.available(torch.device(device))]
     add("--provider", action="append", choices=everyone, metavar="NAME", help="only this provider; repeatable")
@@ -157,7 +164,8 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="exactly N rounds instead of a time budget")
     add("--threads", type=int, metavar="N", help="torch's threads, which fastclip uses, too")
     add("--cold", action="store_true", help="evict the gradients from the cache before every timed call, as on a GPU")
-    add("--check-bars", action="store_true", help="compare with the required ratios; a miss exits with 1")
+    add("--bars", action="store_true", help="compare with the required ratios, as a table")
+    add("--check-bars", action="store_true", help="the same; a miss exits with 1")
     add("--json", type=_file, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=_plot, metavar="FILE.png", help="draw the ratios to torch foreach")
     add(

@@ -29,7 +29,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Regime:
-    """One call and one bound; `passes` is how many times all bytes must cross memory, the floor of that call."""
+    """One call and one bound; `passes` is how many times all bytes must cross memory, the floor of that call.
+
+    `over` is what the function takes: parameters, their gradients, or parameters whose values have memory, too.
+    """
 
     name: str
     what: str
@@ -37,13 +40,14 @@ class Regime:
     bound: float | None
     passes: int
     writes: bool = False
+    over: str = "parameters"
 
     @property
     def returns_norm(self) -> bool:
-        return self.function != "clip_grad_value_"
+        return self.function in ("clip_grad_norm_", "get_total_norm")
 
     def arguments(self, total_norm: float) -> tuple[float, ...]:
-        """The arguments after the tensors; a norm bound is relative to the true norm, a value bound absolute."""
+        """The arguments after the tensors; a bound of the total norm is relative to it, all others are absolute."""
         if self.bound is None:
             return ()
         return (self.bound * total_norm if self.returns_norm else self.bound,)
@@ -52,11 +56,19 @@ class Regime:
 # The gradients are standard normal: nothing exceeds 100, and 32 % exceed 1, so that every cache line has to be written.
 # 0.3 is far enough from 1 that torch clips, too, where its norm is 29 % low.
 REGIMES = (
-    Regime("total-norm", "norm alone", "get_total_norm", None, 1),
+    Regime("total-norm", "norm alone", "get_total_norm", None, 1, over="grads"),
     Regime("norm-noop", "by norm, not clipping", "clip_grad_norm_", 2.0, 1),
     Regime("norm-clip", "by norm, clipping", "clip_grad_norm_", 0.3, 3, writes=True),
     Regime("value-noop", "by value, not clipping", "clip_grad_value_", 100.0, 1),
     Regime("value-clip", "by value, clipping", "clip_grad_value_", 1.0, 2, writes=True),
+)
+# Run where they are named. No tensor has a norm of 1e6; each, and each row of one, is about as long as its weight.
+EACH = (
+    Regime("each-norm", "the norm of each tensor", "get_tensor_norms", None, 1, over="grads"),
+    Regime("each-noop", "each by its own norm, not clipping", "clip_by_norm_", 1e6, 1, over="grads"),
+    Regime("each-clip", "each by its own norm, clipping", "clip_by_norm_", 1e-3, 3, writes=True, over="grads"),
+    Regime("unit-noop", "adaptive, not clipping", "adaptive_clip_grad_", 100.0, 2, over="weights"),
+    Regime("unit-clip", "adaptive, clipping", "adaptive_clip_grad_", 1e-3, 4, writes=True, over="weights"),
 )
 
 

@@ -1,12 +1,13 @@
 """The tensors of a case on a device, their float64 reference, and the gate that compares with it."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 
-from .cases import Case, Regime
+from .cases import EACH, Case, Regime
 
 # Elements that are compared at once. On a CPU their float64 copies stay in the cache, and torch starts no threads for
 # so few: its barriers would cost more. On a GPU they are enough to be worth the wait for the verdict.
@@ -34,6 +35,15 @@ class Gradients:
         self.parameters = [_parameter(g) for g in self.grads]
         self.total_norm = math.sqrt(sum(_squares(c) for flat in self.flat.values() for c in flat.split(self.piece)))
 
+    @functools.cached_property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """Parameters of the same gradients whose values are standard normal and have memory of their own."""
+        generator = torch.Generator(self.grads[0].device).manual_seed(1)
+        made = [torch.nn.Parameter(torch.empty_like(grad).normal_(generator=generator)) for grad in self.grads]
+        for parameter, grad in zip(made, self.grads, strict=True):
+            parameter.grad = grad
+        return made
+
     def restore(self) -> None:
         """Write the saved values back."""
         torch._foreach_copy_(self.grads, self.saved)
@@ -59,6 +69,8 @@ class Gradients:
                 return "no norm was returned"
             if not self.norm_error(returned) <= _tolerance(returned.dtype):
                 return f"norm is {float(returned):.9g} where float64 has {self.total_norm:.9g}"
+        if regime in EACH:
+            return self._differences_of_each(regime, returned)
         arguments = regime.arguments(self.total_norm)
         for pieces in self._batches():
             g, s = (_joined(list(column)) for column in list(zip(*pieces, strict=True))[1:])
@@ -74,6 +86,28 @@ class Gradients:
                 i = next(i for (i, _, _), end in zip(pieces, ends, strict=True) if k < end)
                 shape = tuple(self.grads[i].shape)
                 return f"gradient {i} {shape} has {float(g[k]):.9g} instead of {float(want[k]):.9g}"
+        return None
+
+    def _differences_of_each(self, regime: Regime, returned: torch.Tensor | None) -> str | None:
+        for i, (grad, saved) in enumerate(zip(self.grads, self.saved, strict=True)):
+            wide = saved.double()
+            if regime.over == "weights":
+                dims = tuple(range(1, saved.dim())) or None
+                bound = (
+                    torch.linalg.vector_norm(self.weights[i].detach().double(), dim=dims, keepdim=True) * regime.bound
+                )
+                coef = (bound / torch.linalg.vector_norm(wide, dim=dims, keepdim=True)).clamp(max=1.0)
+            else:
+                norm = torch.linalg.vector_norm(wide)
+                coef = torch.ones(()) if regime.bound is None else (regime.bound / norm).clamp(max=1.0)
+                if not abs(float(returned[i]) - norm) <= _tolerance(saved.dtype) * norm:
+                    return f"norm {i} is {float(returned[i]):.9g} where float64 has {norm:.9g}"
+            want = wide * coef
+            wrong = ((grad.double() - want).abs() > _tolerance(grad.dtype) * want.abs()).flatten()
+            if wrong.any():
+                k = int(wrong.int().argmax())
+                got = float(grad.flatten()[k])
+                return f"gradient {i} {tuple(grad.shape)} has {got:.9g} instead of {float(want.flatten()[k]):.9g}"
         return None
 
     def _batches(self) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:

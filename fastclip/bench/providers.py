@@ -13,7 +13,8 @@ import torch
 import fastclip
 from fastclip import _dispatch
 
-from .cases import Regime
+from . import in_torch
+from .cases import EACH, REGIMES, Regime
 from .gradients import Gradients
 
 BASELINE = "torch foreach"
@@ -34,7 +35,7 @@ class Provider:
 
     def call(self, regime: Regime, gradients: Gradients) -> Callable[[], torch.Tensor | None]:
         """The call of `regime` over `gradients` with all its arguments bound."""
-        targets = gradients.grads if regime.function == "get_total_norm" else gradients.parameters
+        targets = getattr(gradients, regime.over)
         arguments = regime.arguments(gradients.total_norm)
         return partial(getattr(self.functions, regime.function), targets, *arguments, **self.options)
 
@@ -47,16 +48,23 @@ def available(device: torch.device) -> list[Provider]:
         for name, backend in _dispatch.BACKENDS.items()
         if backend.unavailable() is None and backend.refuses(tensor) is None
     ]
-    torchs = [Provider(BASELINE, torch.nn.utils, {"foreach": True}, gated=False)]
+    torchs = [Provider(BASELINE, _functions(torch.nn.utils, in_torch), {"foreach": True}, gated=False)]
     others = []
     if device.type == "cuda":
         # A loop over tensors, torch's or eager's, is no one's choice on a GPU that has kernels.
         backends = [name for name in backends if name != "eager"] or backends
         others = _others()
     else:
-        torchs.append(Provider("torch for-loop", torch.nn.utils, {"foreach": False}, gated=False))
-    ours = [Provider(f"fastclip {name}", fastclip, scope=partial(fastclip.use_backend, name)) for name in backends]
+        torchs.append(Provider("torch for-loop", torchs[0].functions, {"foreach": False}, gated=False))
+    functions = _functions(fastclip, fastclip.functional)
+    ours = [Provider(f"fastclip {name}", functions, scope=partial(fastclip.use_backend, name)) for name in backends]
     return [*torchs, *ours, *others]
+
+
+def _functions(*modules: Any) -> SimpleNamespace:
+    """The functions of all regimes, each from the first module that has it."""
+    names = {regime.function for regime in (*REGIMES, *EACH)}
+    return SimpleNamespace(**{name: next(getattr(m, name) for m in modules if hasattr(m, name)) for name in names})
 
 
 def _others() -> list[Provider]:
@@ -72,7 +80,27 @@ def _others() -> list[Provider]:
 
         clip = partial(_clip_with_multi_tensor, optimizers)
         found.append(Provider("TransformerEngine", SimpleNamespace(clip_grad_norm_=clip), gated=False))
+    with contextlib.suppress(ImportError):  # likewise
+        from nemo_automodel.components.training.triton.grad_norm import multi_tensor_sumsq
+
+        clip = partial(_clip_with_sum_of_squares, multi_tensor_sumsq)
+        found.append(Provider("NeMo Automodel", SimpleNamespace(clip_grad_norm_=clip), gated=False))
     return found
+
+
+def _clip_with_sum_of_squares(
+    sum_of_squares: Any, parameters: list[torch.nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """A fused norm, and torch's foreach for the rest, as in NeMo Automodel."""
+    grads = [parameter.grad for parameter in parameters]
+    total_norm = sum_of_squares(grads).sqrt()
+    clip_coef = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for grad in grads:
+        by_dtype.setdefault(grad.dtype, []).append(grad)
+    for group in by_dtype.values():
+        torch._foreach_mul_(group, clip_coef)
+    return total_norm
 
 
 def _clip_with_multi_tensor(optimizers: Any, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

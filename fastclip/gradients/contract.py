@@ -73,8 +73,8 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
 class Gradients:
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``norms``, ``scale_``, ``scale_each_``, ``sanitize_`` and ``clamp_``; the rest
-    follows from them, and a list that knows a shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``norms``, ``stats``, ``scale_``, ``scale_each_``, ``sanitize_`` and
+    ``clamp_``; the rest follows from them, and a list that knows a shorter way for a whole call overrides it.
     """
 
     __slots__ = ()
@@ -88,6 +88,12 @@ class Gradients:
 
     def norms(self, norm_type: float) -> Tensor:
         """The wide norm of each of :attr:`tensors` alone, (N,)."""
+        raise NotImplementedError
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """Of each of :attr:`tensors`, (N, 4), wide: ``sum |x|^2``, ``max |x|``, how many elements are not finite, and
+        how many are 0; with it what ``norm_partial(2.0)`` gives.
+        """
         raise NotImplementedError
 
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
@@ -133,17 +139,26 @@ class Gradients:
             return self.tensors[0].new_zeros((), dtype=wide_dtype(self.tensors[0].device))
         return root(self.norm_partial(norm_type), norm_type)
 
+    def stats_and_norm(self) -> tuple[Tensor, Tensor]:
+        """The table of :meth:`stats`, and ``total_norm(2.0)`` to its bits."""
+        table, partial = self.stats()
+        return table, root(partial, 2.0)
+
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         if not torch.compiler.is_compiling() and max_norm == math.inf:
             return torch.autograd.graph.increment_version(self.tensors)  # no norm reaches it
         with torch.no_grad():
             self.scale_(clip_coef(total_norm.to(wide_dtype(total_norm.device)), max_norm))
 
-    def norm_of(self, clip: Clip) -> Tensor:
-        """The wide norm that is asked for; writes ``found_inf``, and what is to be sanitized."""
+    def norm_of(self, clip: Clip, total_norm: Tensor | None = None) -> Tensor:
+        """The wide norm that is asked for, of the gradients' if that is known; writes ``found_inf``, and what is to be
+        sanitized.
+        """
         if clip.nonfinite == SANITIZE:
             self.sanitize_()
-        total_norm = self.total_norm(clip.norm_type)
+            total_norm = None
+        if total_norm is None:
+            total_norm = self.total_norm(clip.norm_type)
         if clip.inv_scale is not None:
             total_norm = scaled_norm(total_norm, clip.norm_type, clip.inv_scale)
         if clip.found_inf is not None:
@@ -201,6 +216,9 @@ class Nothing(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return torch.zeros(0)
 
+    def stats(self) -> tuple[Tensor, Tensor]:
+        return torch.zeros(0, 4), torch.tensor(0.0)
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         pass
 
@@ -245,14 +263,17 @@ class Foreign(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(tensor, norm_type) for tensor in self.tensors])
 
+    def stats_and_norm(self) -> tuple[Tensor, Tensor]:
+        return eager.tensor_stats(list(self.tensors)), self.total_norm(2.0)
+
     @torch.no_grad()
     def scale_each_(self, coefs: Tensor) -> None:
         for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
             tensor.mul_(coef.to(tensor.device))
 
-    def norm_of(self, clip: Clip) -> Tensor:
+    def norm_of(self, clip: Clip, total_norm: Tensor | None = None) -> Tensor:
         self._check_plain(clip)
-        return self.total_norm(clip.norm_type)
+        return self.total_norm(clip.norm_type) if total_norm is None else total_norm
 
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         _torch_clip_grads_with_norm_(self.parameters, max_norm, total_norm, self.foreach)

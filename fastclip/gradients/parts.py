@@ -37,6 +37,10 @@ class Part(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         return self.backend.tensor_norms(self.tensors, norm_type)
 
+    def stats(self) -> tuple[Tensor, Tensor]:
+        # A second read: the sums of tensors do not add up to the bits of the sum of all chunks.
+        return self.backend.tensor_stats(self.tensors), self.backend.norm_partial(self.tensors, 2.0)
+
     def check_scale(self) -> None:
         if self.backend is eager:
             eager.check_scale(self.tensors)
@@ -99,6 +103,14 @@ class Parts(Gradients):
     def norms(self, norm_type: float) -> Tensor:
         home = self.tensors[0].device
         return torch.cat([member.norms(norm_type).to(home, wide_dtype(home)) for member in self.members])
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        home = self.tensors[0].device
+        tables, partials = zip(*(member.stats() for member in self.members), strict=True)
+        wide = wide_dtype(home)
+        return torch.cat([table.to(home, wide) for table in tables]), combine(
+            torch.stack([partial.to(home, wide) for partial in partials]), 2.0
+        )
 
     def check_scale(self) -> None:
         for member in self.members:

@@ -60,6 +60,12 @@ class Plain(Gradients):
         self._engine.norms(self._views, norm_type, norms)
         return norms
 
+    def stats(self) -> tuple[Tensor, Tensor]:
+        table = torch.empty(self._count, 4, dtype=torch.float64, device=self._device)
+        partial = _empty(torch.float64, self._device)
+        self._engine.stats(self._views, table.reshape(-1), partial)
+        return table, partial
+
     def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
         self._engine.scale_(self._views, self._near(clip_coef), zero)
         _increment_version(self.tensors)

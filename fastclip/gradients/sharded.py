@@ -7,7 +7,8 @@ on every rank: one whose shards are empty, or that has fewer gradients or none, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +24,16 @@ from .reading import Section, Share
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+
+class _Known(Gradients):
+    """A list whose sum of squares is known."""
+
+    def __init__(self, member: Gradients, partial: Tensor) -> None:
+        self.tensors, self._partial = member.tensors, partial
+
+    def norm_partial(self, norm_type: float) -> Tensor:
+        return self._partial
 
 
 class Routed(NamedTuple):
@@ -70,38 +81,91 @@ class Sharded(Gradients):
         return _ops.promoted_dtype(owners) if owners else torch.get_default_dtype()
 
     def total_norm(self, norm_type: float) -> Tensor:
-        like = self.tensors[0] if self.tensors else None
-        if like is None:
-            like = _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
-        return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, like)
+        return reduced_norm(self._routed(norm_type == 0), norm_type, self._groups, self._like())
 
     def norms(self, norm_type: float) -> Tensor:
         """Each over all ranks that share the tensor: one vector for each route, reduced before the root."""
         wide = wide_dtype(self.tensors[0].device) if self.tensors else torch.float64
         norms = self._local.norms(norm_type) if self._local else torch.zeros(0, dtype=wide)
+
+        def partial_of(norm: Tensor) -> Tensor:
+            return norm.square() if norm_type == 2 else norm
+
+        def norm_of(partial: Tensor) -> Tensor:
+            if norm_type == 0:
+                return (partial != 0).to(partial.dtype)
+            norm = root(partial, norm_type)
+            # No elements on any rank: 0.
+            return torch.where(norm == nothing(norm_type), 0.0, norm) if norm_type < 0 else norm
+
+        return self._over_ranks(
+            norms.unsqueeze(1),
+            lambda members: members.norms(norm_type).unsqueeze(1),
+            norm_type,
+            partial_of,
+            norm_of,
+        ).squeeze(1)
+
+    def stats_and_norm(self) -> tuple[Tensor, Tensor]:
+        known, tables = {}, []
+        for _, members in self._members:
+            for member in members:
+                table, partial = member.stats()
+                tables.append(table)
+                known[id(member)] = _Known(member, partial)
+        like = self._like()
+        table = torch.cat([each.to(like.device) for each in tables]) if tables else _no_rows(like)
+        # What is counted as it is was just read; the sum over ranks is that of total_norm, to its bits.
+        routed = [
+            each._replace(members=[known.get(id(member), member) for member in each.members])
+            for each in self._routed(False)
+        ]
+        norm = reduced_norm(routed, 2.0, self._groups, like)
+        sums = self._over_ranks(table[:, [0, 2, 3]], lambda members: members.stats()[0][:, [0, 2, 3]], 1.0)
+        largest = self._over_ranks(table[:, 1:2], lambda members: members.stats()[0][:, 1:2], math.inf)
+        return torch.cat([sums[:, :1], largest, sums[:, 1:]], 1), norm
+
+    def _over_ranks(
+        self,
+        local: Tensor,
+        of: Callable[[Gradients], Tensor],
+        order: float,
+        partial_of: Callable[[Tensor], Tensor] = lambda value: value,
+        value_of: Callable[[Tensor], Tensor] = lambda partial: partial,
+    ) -> Tensor:
+        """Values of :attr:`tensors`, (N, C), each over all ranks that share the tensor: one vector for each route.
+
+        Args:
+            local: the values of what this rank holds.
+            of: computes them of other lists: of what Partial placements become.
+            order: of the norm as whose partials they are reduced.
+            partial_of, value_of: what is reduced, and the value from that.
+        """
         # Where in self.tensors the gradient of each slot is, -1 where this rank has none.
         places = [self._places(i) for i in range(len(self._shares))]
-        partials = []
+        partials, columns = [], local.shape[1]
         for share, place in zip(self._shares, places, strict=True):
-            held = norms
+            held = local
             place = [k if k >= 0 and self.tensors[k].numel() > 0 else -1 for k in place]
             if _is_partial(share):
                 grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
-                held = parts.of_tensors(grads).norms(norm_type).to(norms) if grads else norms[:0]
+                held = of(parts.of_tensors(grads)).to(local) if grads else local[:0]
                 place = _enumerate(share.slots)
-            partial = torch.cat([held, held.new_full((1,), nothing(norm_type))])[indices(place, held.device)]
-            partials.append(partial.square() if norm_type == 2 else partial)
+            padded = torch.cat([held, held.new_full((1, columns), nothing(order))])
+            partials.append(partial_of(padded[indices(place, held.device)]).reshape(-1))
         routes = [distributed.route(share.mesh, _sharded_dims(share)) for share in self._shares]
-        norms = norms.clone()
-        for place, partial in zip(places, distributed.reduce(partials, routes, norm_type), strict=True):
-            if norm_type == 0:
-                partial = (partial != 0).to(partial.dtype)
-            partial = root(partial, norm_type)
-            if norm_type < 0:
-                partial = torch.where(partial == nothing(norm_type), 0.0, partial)  # no elements on any rank
+        values = local.clone()
+        for place, partial in zip(places, distributed.reduce(partials, routes, order), strict=True):
+            value = value_of(partial).reshape(-1, columns)
             slots = [slot for slot, k in enumerate(place) if k >= 0]
-            norms[indices([place[slot] for slot in slots], norms.device)] = partial[indices(slots, norms.device)]
-        return norms
+            values[indices([place[slot] for slot in slots], values.device)] = value[indices(slots, values.device)]
+        return values
+
+    def _like(self) -> Tensor:
+        """A tensor of the device and the dtype that numbers of this list have."""
+        if self.tensors:
+            return self.tensors[0]
+        return _local(self._shares[0].owner) if self._shares else torch.tensor(0.0)
 
     def _places(self, i: int) -> list[int]:
         found: dict[int, list[int]] = {}
@@ -206,6 +270,10 @@ def _partials(routed: Routed, norm_type: float, like: Tensor) -> Tensor:
     if not norm_type < 0:
         return partial.reshape(1)
     return torch.stack([partial, like.new_full((), 1.0 if members else nothing(norm_type), dtype=wide)])
+
+
+def _no_rows(like: Tensor) -> Tensor:
+    return torch.zeros(0, 4, dtype=wide_dtype(like.device), device=like.device)
 
 
 def _count(tensor: Tensor) -> Tensor:

@@ -26,6 +26,29 @@ class Units(Plain):
         super().__init__(backend, views, tensors, device, 0)
         self._count = count
 
+    @staticmethod
+    def read(tensors: list[Tensor], kept: list[int], writes: bool) -> tuple[object, int, int] | None:
+        """Their views, how many, and the index of the GPU or -1, by the dimensions that number the units, as bits."""
+        if _ops.units is None:
+            return None
+        with torch._C.DisableTorchFunction():  # under a DeviceContext each look at a tensor would go through Python
+            return _ops.units(tensors, kept, writes and not torch.is_inference_mode_enabled())
+
+    def clipped_sums(self, max_norm: float, per_layer: bool) -> tuple[list[Tensor], Tensor] | None:
+        """Of units that are the examples of each tensor: their sums, each clipped, and their norms, of all tensors or
+        of each; None where the engine has no pass for it.
+        """
+        batch = len(self.tensors[0])
+        if not hasattr(self._engine, "clipped_sums") or batch == 0:
+            return None
+        sums = [torch.empty_like(tensor[0]) for tensor in self.tensors]
+        norms = torch.empty(self._count if per_layer else batch, dtype=torch.float64)
+        into = Units.read(sums, [0] * len(sums), writes=False)
+        if into is None:
+            return None
+        self._engine.clipped_sums(self._views, into[0], max_norm, per_layer, norms)
+        return sums, norms.reshape(len(sums) if per_layer else 1, -1)
+
 
 class TorchUnits:
     """The same in torch's ops, which know every layout, dtype and subclass."""
@@ -62,11 +85,10 @@ def of(tensors: Sequence[Tensor], dims: Sequence[tuple[int, ...]], writes: bool)
 
 
 def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]], writes: bool) -> Units | None:
-    if reading.is_watched() or _ops.units is None:
+    if reading.is_watched():
         return None
     kept = [_all_but(tensor.dim(), reduced) for tensor, reduced in zip(tensors, dims, strict=True)]
-    with torch._C.DisableTorchFunction():  # under a DeviceContext each look at a tensor would go through Python
-        found = _ops.units(tensors, kept, writes and not torch.is_inference_mode_enabled())
+    found = Units.read(tensors, kept, writes)
     if found is None:
         return None
     views, count, device = found

@@ -212,6 +212,15 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
     compare(
         "scale", [&](const cpu::Loops& loops, void* data) { loops.scale[d](data, n, coef); },
         [&](double v) { return scaled(dtype, v, coef); });
+  const int64_t opmath_size = dtype == Dtype::kFloat64 ? 8 : 4;
+  const auto sum_of = [&](const cpu::Loops& loops) {
+    std::vector<char> sum(static_cast<size_t>(n * opmath_size));
+    const void* const rows[] = {x.data, x.data, x.data, x.data, x.data};
+    const double coefs[] = {0.3, 1.0, -2.0, 0.7, 0.1};
+    loops.add_scaled[d](sum.data(), rows, coefs, 5, n);
+    return sum;
+  };
+  CHECK(sum_of(isa) == sum_of(cpu::kLoopsScalar), "add_scaled, dtype %d, n %ld: not the bits of scalar", d, n);
   for (const double bound : {0.0, 0.5, 100.0, kInf}) {
     bool changes = false;
     for (const double v : before) changes = changes || v < -bound || v > bound;
