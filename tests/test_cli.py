@@ -111,6 +111,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 print(FullyShardedDataParallel.clip_grad_norm_ is fastclip.fsdp.clip_grad_norm_)
 """
 
+
 def with_and_without(folder: Path, options: list[str], program: list[str], **env: str) -> tuple[str, str]:
     """What `python options program` prints, and what it does under `python options -m fastclip run`."""
     plain = python(*options, *program, cwd=folder, env=env)
