@@ -34,7 +34,7 @@ OWNERS = {
 }
 # The loops of loops_impl.h read whole registers, and multiply and add in one rounding only where squares are summed:
 # those are exact in float64, or their error is what is asked for.
-LOOP = re.compile(r"\b(?:norm_\w+|scale|clamp)<[^\[]*$")
+LOOP = re.compile(r"\b(?:norm_\w+|scale|clamp|add_scaled)<[^\[]*$")
 WHOLE_LOAD = {"x86_64": r"\(%r[^)]*\),(?:%[yz]mm\d+,)?%[yz]mm\d", "aarch64": r"\tld(?:[rp]|ur)\s+q\d|\tld1\s+\{v"}
 FUSED = {"x86_64": r"\tvfn?m(?:add|sub)\w*", "aarch64": r"\tfn?m(?:la|ls|add|sub)\b"}
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
 
-def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_grad_norm_(self: torch.nn.Module, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Clips the norm of all gradients of a FullyShardedDataParallel model together, in place.
 
     Args:
@@ -40,22 +40,23 @@ def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: 
     from torch.distributed.fsdp._common_utils import TrainingState
     from torch.distributed.fsdp._runtime_utils import _lazy_init
 
-    _lazy_init(self, self)
-    if not self._is_root:
+    model: FullyShardedDataParallel = self  # type: ignore[assignment]  # of which this is a method
+    _lazy_init(model, model)
+    if not model._is_root:
         raise RuntimeError("`clip_grad_norm_()` should only be called on the root FSDP instance")
-    self._assert_state(TrainingState.IDLE)
-    if not any(handle.uses_sharded_strategy for handle in self._all_handles):
-        return clip.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+    model._assert_state(TrainingState.IDLE)
+    if not any(handle.uses_sharded_strategy for handle in model._all_handles):
+        return clip.clip_grad_norm_(model.parameters(), max_norm, norm_type)
     max_norm, norm_type = float(max_norm), float(norm_type)
-    like = torch.zeros((), device="cpu" if self.cpu_offload.offload_params else self.compute_device)
+    like = torch.zeros((), device="cpu" if model.cpu_offload.offload_params else model.compute_device)
     routed, grads = [], []
-    for parameters, is_sharded in _parameters(self):
+    for parameters, is_sharded in _parameters(model):
         slots = [parameter.grad for parameter in parameters]
         held = [grad for grad in slots if grad is not None]
         members = [gradients.of_tensors(held, writes=True)] if held else []
         # An unsharded gradient counts once; that of the largest may differ by rank.
         shared = is_sharded or math.isinf(norm_type)
-        groups = (self.process_group,) if shared else ()
+        groups = (model.process_group,) if shared else ()
         route = Route(groups)  # type: ignore[arg-type]  # None is the group of a model that is not initialised
         routed.append(Routed(route, members, slots if is_sharded else None))
         grads += members
@@ -65,7 +66,7 @@ def clip_grad_norm_(self: FullyShardedDataParallel, max_norm: float, norm_type: 
     if grads:
         return total_norm.to(_ops.promoted_dtype([grad for each in grads for grad in each.tensors]))
     warnings.warn(
-        f"Called FSDP.clip_grad_norm_() on rank {self.rank} with no gradients -- returning the total norm in the "
+        f"Called FSDP.clip_grad_norm_() on rank {model.rank} with no gradients -- returning the total norm in the "
         "default dtype torch.float32",
         stacklevel=2,
     )

@@ -1,6 +1,7 @@
 """Checks that several ranks run together: started once, each check a result, a hang an error with every rank's stack.
 
-``python ranks.py MODULE WORLD_SIZE FOLDER TIMEOUT`` is the launcher: it imports once and forks the ranks.
+``python ranks.py FOLDER MODULE WORLD_SIZE TIMEOUT ...`` is the launcher: it imports once and forks the ranks of each
+group of three in turn.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 TIMEOUT = 30  # seconds for one check; the slowest takes two on a busy machine
 HUNG = "hung or died"
@@ -32,31 +34,44 @@ def check(checks: dict[str, Check]):
     return add
 
 
-def run(module: str, world_size: int, timeout: float = TIMEOUT) -> dict[str, str]:
-    """Runs ``module.CHECKS`` on that many gloo ranks, each for at most ``timeout`` seconds.
+class Run(NamedTuple):
+    """``module.CHECKS`` on that many gloo ranks, each check for at most ``timeout`` seconds."""
+
+    module: str
+    world_size: int
+    timeout: float = TIMEOUT
+
+
+def run(*runs: Run) -> list[dict[str, str]]:
+    """Runs them one after the other.
 
     Returns:
-        dict: each check -> "" or what went wrong, on every rank where something did.
+        list: for each run a dict, each check -> "" or what went wrong, on every rank where something did.
     """
     import fastclip
 
     tests = Path(__file__).parent
     path = os.pathsep.join([str(Path(fastclip.__file__).parents[1]), str(tests)])
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__)), module, str(world_size), folder, str(timeout)]
+        command = [sys.executable, str(Path(__file__)), folder, *(str(word) for run in runs for word in run)]
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         launched = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-        results: dict[str, str] = {}
-        for name in importlib.import_module(module).CHECKS:
-            outcomes = [_outcome(Path(folder), rank, name) for rank in range(world_size)]
-            if HUNG in outcomes:
-                for rank, was in enumerate(outcomes):
-                    stack = (Path(folder) / f"{rank}.stderr").read_text()
-                    outcomes[rank] = f"{was or 'waits for the others'}\n{stack}"
-            results[name] = "\n".join(f"rank {i}: {error}" for i, error in enumerate(outcomes) if error)
-        if launched.returncode and all("not reached" in error for error in results.values()):
+        found = [_results(run, Path(folder, str(i))) for i, run in enumerate(runs)]
+        if launched.returncode and all("not reached" in error for results in found for error in results.values()):
             raise RuntimeError(launched.stderr)
-        return results
+        return found
+
+
+def _results(run: Run, folder: Path) -> dict[str, str]:
+    results: dict[str, str] = {}
+    for name in importlib.import_module(run.module).CHECKS:
+        outcomes = [_outcome(folder, rank, name) for rank in range(run.world_size)]
+        if HUNG in outcomes:
+            for rank, was in enumerate(outcomes):
+                stack = (folder / f"{rank}.stderr").read_text()
+                outcomes[rank] = f"{was or 'waits for the others'}\n{stack}"
+        results[name] = "\n".join(f"rank {i}: {error}" for i, error in enumerate(outcomes) if error)
+    return results
 
 
 def _outcome(folder: Path, rank: int, name: str) -> str:
@@ -91,16 +106,22 @@ def _rank(module: str, rank: int, world_size: int, folder: str, timeout: float) 
     dist.destroy_process_group()
 
 
-def _launch(module: str, world_size: int, folder: str, timeout: float) -> int:
-    importlib.import_module(module)
+def _launch(folder: str, runs: list[Run]) -> int:
+    for run in runs:
+        importlib.import_module(run.module)
     importlib.import_module("torch._dynamo")  # a rank's first DTensor op would import it, on every rank
+    return max(_fork(run, f"{folder}/{i}") for i, run in enumerate(runs))
+
+
+def _fork(run: Run, folder: str) -> int:
+    os.mkdir(folder)
     children = []
-    for rank in range(world_size):
+    for rank in range(run.world_size):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                _rank(module, rank, world_size, folder, timeout)
+                _rank(run.module, rank, run.world_size, folder, run.timeout)
                 status = 0
             finally:
                 os._exit(status)
@@ -109,4 +130,6 @@ def _launch(module: str, world_size: int, folder: str, timeout: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_launch(sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])))
+    words = sys.argv[2:]
+    asked = [Run(words[i], int(words[i + 1]), float(words[i + 2])) for i in range(0, len(words), 3)]
+    sys.exit(_launch(sys.argv[1], asked))

@@ -67,6 +67,15 @@ def call(target: str, *args, env: dict[str, str] | None = None) -> Result:
         return Result(value, error, stderr.read())
 
 
+def execute(code: str, env: dict[str, str] | None = None) -> Result:
+    """Run a program of a few lines in such a process: as `python -c`, but torch is there at once."""
+    return call("subproc:_execute", code, env=env)
+
+
+def _execute(code: str) -> None:
+    exec(code, {"__name__": "__main__"})
+
+
 def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """Run `python arguments...` with the same fastclip on its path; warnings are errors there, too."""
     import fastclip

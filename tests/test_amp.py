@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ import torch.nn.utils as torchs
 import fastclip
 import fastclip.amp
 import reference
+import subproc
 import ways
 from test_step import distance
 
@@ -315,4 +314,4 @@ def test_amp_and_integrations_are_imported_when_asked_for():
         "fastclip.integrations; assert 'lightning' not in sys.modules; import pytest; "
         "pytest.raises(AttributeError, lambda: fastclip.nothing)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not (child := subproc.execute(code)).error, child

@@ -51,6 +51,12 @@ def clones(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [t.clone() for t in tensors]
 
 
+def put_back(grads: list[torch.Tensor], twins: list[torch.Tensor]) -> None:
+    """Gradients again as they were, where they are."""
+    for grad, twin in zip(grads, twins, strict=True):
+        grad.copy_(twin)
+
+
 def expect(grads, norm: float, max_norm: float, nonfinite: str = "propagate", inv_scale: float = 1.0):
     """Return the gradients after a clip whose wide norm is known."""
     grads = clones(grads)
@@ -73,11 +79,13 @@ def sanitized(grads: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("bad", [None, *BAD])
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero", "sanitize"])
 def test_policy(way, nonfinite, bad, fence):
+    grads = lists(bad)
+    twins = clones(grads)
+    counted = sanitized(twins) if nonfinite == "sanitize" else twins
     for norm_type, max_norm in itertools.product((2.0, 1.0, math.inf, 3.0), (0.3, 1e9, math.inf)):
-        grads = lists(bad)
+        put_back(grads, twins)
         before, found_inf = fence(grads), torch.tensor(math.nan)
-        counted = sanitized(grads) if nonfinite == "sanitize" else grads
-        norm, twins = reference.total_norm(counted, norm_type), clones(grads)
+        norm = reference.total_norm(counted, norm_type)
         given = way.clip_grad_norm_(
             grads, max_norm, norm_type, nonfinite=nonfinite, found_inf=found_inf, norm_dtype=torch.float64
         )
@@ -172,16 +180,19 @@ def test_without_gradients_nothing_is_found():
 @pytest.mark.parametrize("inv_scale", [1.0, 2.0**-16, 1 / 3, -0.7, 0.0, 3e5])
 def test_inv_scale(way, inv_scale):
     """The norm of the product, and one product with both factors."""
+    grads = lists()
+    twins = clones(grads)
+    products = [t.double() * inv_scale for t in twins]
     for norm_type, max_norm in itertools.product((2.0, math.inf, 0.0, -math.inf, 3.0), (0.3, 1e9, math.inf)):
+        want = reference.total_norm(products, norm_type)
         kinds = (inv_scale, torch.tensor(inv_scale, dtype=torch.float64))
         for given in kinds:
-            grads, found_inf = lists(), torch.tensor(math.nan)
-            twins = clones(grads)
+            put_back(grads, twins)
+            found_inf = torch.tensor(math.nan)
             norm = way.clip_grad_norm_(
                 grads, max_norm, norm_type, inv_scale=given, found_inf=found_inf, norm_dtype=torch.float64
             )
             with reference.during(norm_type, max_norm, given):
-                want = reference.total_norm([t.double() * inv_scale for t in twins], norm_type)
                 assert norm.item() == pytest.approx(want, rel=1e-12, abs=0)
                 reference.assert_bits(grads, expect(twins, norm.item(), max_norm, inv_scale=inv_scale))
                 assert found_inf.item() == 0.0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastclip
+import subproc
 from cases import parameters
 from fastclip import _ops, gradients
 from fastclip.gradients.plain import Plain
@@ -86,6 +87,27 @@ def test_bits_are_those_of_the_op():
     dispatched = [grad.clone() for grad in read]
     assert torch.equal(fastclip.clip_grad_norm_(parameters(read), 1.0), _ops.clip_grad_norm_(dispatched, 1.0, 2.0))
     assert all(torch.equal(a, b) for a, b in zip(read, dispatched, strict=True))
+
+
+def test_a_python_without_a_lock_is_served_by_the_ops():
+    """As built so, not as run: there another thread may change a list while it is read, so no reader is made."""
+    code = """
+import sysconfig
+asked = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: 1 if name == "Py_GIL_DISABLED" else asked(name)
+import torch, fastclip, test_reader
+from cases import parameters
+from fastclip import _ops
+assert (_ops.read, _ops.units, _ops.cpu_engine) == (None, None, None)
+assert fastclip.backends()["cpu"] is None
+test_reader.test_bits_are_those_of_the_op()
+weights = parameters([torch.tensor([3e20, 4e20]), torch.tensor([0.5], dtype=torch.float64)])
+assert [group.backend for group in fastclip.why(weights)] == ["cpu"]
+assert abs(fastclip.clip_grad_norm_(weights, 1.0).item() / 5e20 - 1) < 1e-6
+fastclip.clip_grad_value_(weights, 0.25)
+assert fastclip.functional.clip_by_norm_([weight.grad for weight in weights], 0.1).shape == (2,)
+"""
+    assert not (child := subproc.execute(code)).error, child
 
 
 def test_the_negative_bit_is_not_seen_and_does_not_matter():

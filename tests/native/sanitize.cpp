@@ -194,6 +194,19 @@ void check_loops(Dtype dtype, int64_t n, int64_t misalignment, const std::functi
     CHECK(close(got, expected) && same(got, scalar), "norm %g, dtype %d, n %ld, misalignment %ld: %a, expected %a, %a",
           norm_type, d, n, misalignment, got, expected, scalar);
   }
+  int64_t nonfinite = 0, zeros = 0;
+  for (const double v : before) {
+    nonfinite += !std::isfinite(v);
+    zeros += v == 0;
+  }
+  for (const cpu::Loops* loops : {&isa, &cpu::kLoopsScalar}) {
+    const cpu::Stats stats = loops->stats[d](x.data, n);
+    const double squares = isa.norm_partial[d][static_cast<int>(NormKind::kSquares)](x.data, n).rounded();
+    CHECK(same(stats.squares.rounded(), squares) && same(stats.largest, partial_of(before, kInf)) &&
+              stats.nonfinite == nonfinite && stats.zeros == zeros,
+          "%s stats, dtype %d, n %ld: %a, %a, %ld, %ld", loops->isa, d, n, stats.squares.rounded(), stats.largest,
+          stats.nonfinite, stats.zeros);
+  }
   const auto compare = [&](const char* what, const std::function<void(const cpu::Loops&, void*)>& run,
                            const std::function<double(double)>& expected) {
     const Tensor got = copy(), scalar = copy();
