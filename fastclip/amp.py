@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.optim import Optimizer
 
 from .clip import as_list, clip_grad_norm_
 from .gradients import is_plain
+
+if TYPE_CHECKING:
+    from .monitor import GradMonitor
 
 __all__ = ["unscale_and_clip_grad_norm_"]
 
@@ -21,6 +25,8 @@ def unscale_and_clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
     norm_type: float = 2.0,
+    *,
+    monitor: GradMonitor | None = None,
 ) -> Tensor:
     """``scaler.unscale_(optimizer)`` and :func:`fastclip.clip_grad_norm_` in one: each gradient is read once, and
     written once at most.
@@ -38,6 +44,7 @@ def unscale_and_clip_grad_norm_(
         parameters: a Tensor or an iterable of Tensors, whose ``.grad`` is clipped.
         max_norm (float): the bound, in the unit of the gradients without the scale.
         norm_type (float): as in :func:`fastclip.clip_grad_norm_`.
+        monitor (GradMonitor, optional): records the call, in numbers without the scale.
 
     Returns:
         Tensor: 0-dim norm before clipping, of the gradients without the scale.
@@ -62,8 +69,14 @@ def unscale_and_clip_grad_norm_(
         tensor([-0.6000, -0.8000])
     """
     parameters = as_list(parameters)
+
+    def clip(**options: Any) -> Tensor:
+        if monitor is None:
+            return clip_grad_norm_(parameters, max_norm, norm_type, **options)
+        return monitor.clip_grad_norm_(max_norm, norm_type, parameters=parameters, **options)
+
     if not scaler.is_enabled():
-        return clip_grad_norm_(parameters, max_norm, norm_type)
+        return clip()
     scale, _ = scaler._check_scale_growth_tracker("unscale_")
     state = scaler._per_optimizer_states[id(optimizer)]
     owned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -75,13 +88,13 @@ def unscale_and_clip_grad_norm_(
         or not all(is_plain(p.grad) for p in owned)
     ):
         scaler.unscale_(optimizer)
-        return clip_grad_norm_(parameters, max_norm, norm_type)
+        return clip()
     if any(p.grad.dtype == torch.float16 for p in owned):
         raise ValueError("Attempting to unscale FP16 gradients.")
     found_inf = torch.empty((), dtype=torch.float32, device=scale.device)
     # Rounded as torch does.
     inv_scale = scale.double().reciprocal().float()
-    norm = clip_grad_norm_(parameters, max_norm, norm_type, found_inf=found_inf, inv_scale=inv_scale)
+    norm = clip(found_inf=found_inf, inv_scale=inv_scale)
     state["found_inf_per_device"] = {scale.device: found_inf}
     state["stage"] = OptState.UNSCALED
     return norm

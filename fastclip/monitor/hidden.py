@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 
@@ -69,19 +70,25 @@ def _over_time(hidden: Hidden, batch_first: bool) -> Callable[[nn.Module, tuple]
 
     def hook(module: nn.Module, inputs: tuple) -> tuple | None:
         x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor) or not torch.is_grad_enabled():
+        packed = x if isinstance(x, PackedSequence) else None
+        data = x.data if packed is not None else x
+        if not isinstance(data, Tensor) or not torch.is_grad_enabled():
             return None
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
-        time = 0 if x.dim() < 3 or not batch_first else 1
+        # Not the caller's own tensor, which may be used again.
+        data = data.view_as(data) if data.requires_grad else data.detach().requires_grad_()
+        time = 1 if data.dim() == 3 and batch_first else 0
 
         def see(grad: Tensor) -> None:
-            dims = tuple(d for d in range(grad.dim()) if d != time)
             wide = torch.promote_types(grad.dtype, torch.float32)
+            if packed is not None:  # one time step after the other
+                steps = grad.detach().split(packed.batch_sizes.tolist())
+                hidden._over_time = torch.stack([torch.linalg.vector_norm(step, dtype=wide) for step in steps])
+                return
+            dims = tuple(d for d in range(grad.dim()) if d != time)
             hidden._over_time = torch.linalg.vector_norm(grad.detach(), dim=dims, dtype=wide)
 
-        x.register_hook(see)
-        return (x, *inputs[1:])
+        data.register_hook(see)
+        return (data if packed is None else PackedSequence(data, *packed[1:]), *inputs[1:])
 
     return hook
 
