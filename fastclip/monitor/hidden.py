@@ -71,7 +71,7 @@ def _over_time(hidden: Hidden, batch_first: bool) -> Callable[[nn.Module, tuple]
     def hook(module: nn.Module, inputs: tuple) -> tuple | None:
         x = inputs[0] if inputs else None
         packed = x if isinstance(x, PackedSequence) else None
-        data = x.data if packed is not None else x
+        data = x if packed is None else packed.data
         if not isinstance(data, Tensor) or not torch.is_grad_enabled():
             return None
         # Not the caller's own tensor, which may be used again.
