@@ -229,6 +229,8 @@ if _reader:
 read = _reader and _reader.read
 # units(list, kept, versions) -> (views, count, device) or None, in the same file.
 units = _reader and _reader.units
+# tables(list, chunk, slot_for_each_tensor, with_places, in_rounds) -> tables or None, likewise, for Triton.
+tables = _reader and _reader.tables
 
 
 def cpu_isa() -> str | None:
