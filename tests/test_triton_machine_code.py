@@ -39,6 +39,8 @@ MOST_REGISTERS_OF_WRITES = 65_536 // (triton_.PROGRAMS * triton_.WARPS * 32) // 
 # Instructions from the first to the fourth load of a loop that has to have four in flight. An assembler that loads
 # later, to save registers, puts the arithmetic of a vector or more between them: 70 and more.
 LONGEST_REACH = 48
+# For loops that are bound by their arithmetic, on some GPU: the clamp, of 50 instructions a vector, and float64.
+LONGEST_REACH_OF_ARITHMETIC = 80
 
 
 class Variant(NamedTuple):
@@ -188,8 +190,10 @@ def test_machine_code(name, tmp_path):
         most = MOST_REGISTERS_OF_WRITES if variant.stores else MOST_REGISTERS
         # AMD's compiler keeps the order of the source.
         reaches = code.reach if target.backend == "cuda" and variant.loads >= 4 else 1
+        bound = variant.kernel == "clamp_kernel" or variant.dtype == "float64"
+        longest = LONGEST_REACH_OF_ARITHMETIC if bound else LONGEST_REACH
         few = code.loads < variant.loads or code.stores < variant.stores
-        if code.spills or code.registers > most or few or not 0 < reaches <= LONGEST_REACH:
+        if code.spills or code.registers > most or few or not 0 < reaches <= longest:
             failures.append(f"{variant}: {code}")
     assert not failures, "\n".join(failures)
 

@@ -164,12 +164,17 @@ def write_rounds(spans: Sequence[tuple[int, int, torch.dtype]]) -> list[list[int
     overlaps, one after the other."""
     clusters: list[list[int]] = []
     reach = -1
-    for i in sorted(range(len(spans)), key=lambda i: spans[i][0]):
+    addresses = [address for address, _, _ in spans]
+    for i in sorted(range(len(spans)), key=addresses.__getitem__):
         address, numel, dtype = spans[i]
         if address >= reach:
-            clusters.append([])
-        clusters[-1].append(i)
-        reach = max(reach, address + numel * dtype.itemsize)
+            clusters.append([i])
+            reach = address + numel * dtype.itemsize
+        else:
+            clusters[-1].append(i)
+            reach = max(reach, address + numel * dtype.itemsize)
+    if len(clusters) == len(spans):
+        return [list(range(len(spans)))] if spans else []
     turns = {i: turn for cluster in clusters for turn, i in enumerate(sorted(cluster))}
     rounds: list[list[int]] = [[] for _ in range(max(map(len, clusters), default=0))]
     for i in range(len(spans)):

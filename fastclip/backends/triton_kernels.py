@@ -178,7 +178,8 @@ def _sum_body_narrow(body, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK
     for start in range(unrolled, count, BLOCK):
         x = _widen(tl.load(body + start + lane, mask=start + lane < count, other=0), DTYPE)
         sum, error = _add_term(sum, error, x, KIND, DTYPE)
-        seen |= _float_bits(x)
+        if KIND == 0 and DTYPE != tl.float16:
+            seen |= _float_bits(x)
     return tl.sum(sum.to(tl.float64) + error.to(tl.float64)), seen
 
 
@@ -338,12 +339,13 @@ def norm_partial_kernel(
             partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
         else:
             partial, seen = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
-            # No square of float16 is lost.
-            least = _LEAST_SUM_OF_SQUARES if KIND == 0 and DTYPE != tl.float16 else 0.0
-            if not (partial >= least and partial < _INFINITY):
-                # Unless all are zeros, as where a layer is frozen.
-                if not (partial == 0.0 and tl.max(seen & 0x7FFFFFFF) == 0):
-                    partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
+            again = not (partial >= 0.0 and partial < _INFINITY)
+            if KIND == 0 and DTYPE != tl.float16:  # whose squares float32 holds
+                # Not where all are zeros, as in a layer that is frozen.
+                if partial >= 0.0 and partial < _LEAST_SUM_OF_SQUARES:
+                    again = tl.max(seen & 0x7FFFFFFF) != 0
+            if again:
+                partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
         if head + tail > 0:
             offset, exists = _edges(count, head, tail, VECTOR)
             x = tl.load(body + offset, mask=exists, other=0)
@@ -677,7 +679,11 @@ def _clamp_word(word, low, high, DTYPE: tl.constexpr):
 def _clamp_vectors(place, words, exists, low, high, DTYPE: tl.constexpr):
     """Stores the vectors, along the last dimension, in which clamping changes something."""
     clamped = _clamp_word(words, low, high, DTYPE)
-    changed = tl.reduce(words ^ clamped, 1, _or, keep_dims=True) != 0
+    differs = words ^ clamped
+    if DTYPE == tl.float64:  # of which an xor makes ptxas spill
+        x = words.to(tl.float64, bitcast=True)
+        differs = ((x < low) | (x > high)).to(tl.int64)
+    changed = tl.reduce(differs, 1, _or, keep_dims=True) != 0
     tl.store(place, clamped, mask=exists & changed)
 
 
