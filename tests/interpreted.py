@@ -272,7 +272,7 @@ def launches() -> int:
     interpreter.GridExecutor.__call__ = counted
     norm = ["norm_partial", "norm_finalize"]
     grads = [torch.linspace(-1, 1, 9), torch.ones(70_000)]
-    found_inf, inv_scale = torch.tensor(7.0), torch.tensor(0.25)
+    found_inf, inv_scale = torch.tensor(7.0), torch.tensor(0.25, dtype=torch.float64)
     clip = fastclip.clip_grad_norm_
     params = parameters(grads)
     total = torch.tensor(3.0, dtype=torch.bfloat16)
@@ -294,12 +294,12 @@ def launches() -> int:
         with fastclip.use_backend("triton"):
             call()
         assert ran == expected, (name, ran)
-        if expected[-1] in ("scale", "clamp") and name != "with":  # what is watched goes through ops there
+        if expected[-1] == "scale" and name != "with":  # what is watched goes through ops there
             with fastclip.use_backend("triton"), torch.autograd.profiler.profile() as profile:
                 call()
             names = {event.name for event in profile.function_events if event.name.startswith("aten::")}
             # The interpreter copies what it is given.
-            views = {"aten::view", "aten::reshape"}
+            views = {"aten::view", "aten::reshape", "aten::to", "aten::resolve_neg"}
             copies = {"aten::new_empty", "aten::set_", "aten::copy_"}
             assert names <= copies | {"aten::empty", "aten::slice", "aten::as_strided", "aten::detach", *views}, names
     return len(calls)

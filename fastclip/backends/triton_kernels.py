@@ -339,12 +339,12 @@ def norm_partial_kernel(
             partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
         else:
             partial, seen = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
-            again = not (partial >= 0.0 and partial < _INFINITY)
             if KIND == 0 and DTYPE != tl.float16:  # whose squares float32 holds
-                # Not where all are zeros, as in a layer that is frozen.
-                if partial >= 0.0 and partial < _LEAST_SUM_OF_SQUARES:
-                    again = tl.max(seen & 0x7FFFFFFF) != 0
-            if again:
+                if not (partial >= _LEAST_SUM_OF_SQUARES and partial < _INFINITY):
+                    # Unless all are zeros, as in a layer that is frozen.
+                    if not (partial == 0.0 and tl.max(seen & 0x7FFFFFFF) == 0):
+                        partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
+            elif not (partial >= 0.0 and partial < _INFINITY):
                 partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
         if head + tail > 0:
             offset, exists = _edges(count, head, tail, VECTOR)
