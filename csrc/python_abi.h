@@ -69,6 +69,7 @@ FASTCLIP_PYTHON int PyDict_SetItemString(PyObject*, const char* key, PyObject*);
 FASTCLIP_PYTHON PyObject* PyLong_FromLong(long);
 FASTCLIP_PYTHON long long PyLong_AsLongLong(PyObject*);
 FASTCLIP_PYTHON double PyFloat_AsDouble(PyObject*);
+FASTCLIP_PYTHON PyObject* PyBytes_FromStringAndSize(const char*, intptr_t size);
 FASTCLIP_PYTHON PyObject* PyUnicode_InternFromString(const char*);
 
 FASTCLIP_PYTHON PyObject* PyCapsule_New(void*, const char* name, void (*destructor)(PyObject*));

@@ -1,6 +1,7 @@
 // A Python list of tensors, or of parameters that have gradients, sorted into sections: those that a compiled engine
 // takes as they are, by device, and the rest by the reason why not. Of DTensors the local tensors are read, by the mesh
 // and the placements that they share.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -368,6 +369,116 @@ Owned units(const Arguments& arguments) {
   return found;
 }
 
+// Words of the header of the Triton kernels' table, of a launch in it, and of a row (triton_kernels.py).
+constexpr size_t kTableWords = 4;
+
+// The table of tensors that are each a run of memory: (its words, as bytes, a launch for each dtype as (dtype, offset
+// of its words, chunks, tensors), slots). The words that hold float64 numbers are left to who calls.
+Owned table_of(const TensorViews& tensors, const TensorView* first, int64_t chunk, bool slot_for_each_tensor,
+               bool with_places) {
+  struct Launch {
+    Dtype dtype;
+    size_t begin;  // of its words
+    int64_t tensors, chunks;
+  };
+  std::vector<Launch> launches;  // in the order of their first tensors
+  int found[kNumDtypes];
+  std::fill_n(found, kNumDtypes, -1);
+  for (const TensorView* tensor : tensors) {
+    int& launch = found[static_cast<int>(tensor->dtype)];
+    if (launch < 0) {
+      launch = static_cast<int>(launches.size());
+      launches.push_back({tensor->dtype, 0, 0, 0});
+    }
+    ++launches[static_cast<size_t>(launch)].tensors;
+  }
+  size_t size = kTableWords;
+  for (Launch& launch : launches) {
+    const size_t count = static_cast<size_t>(launch.tensors);
+    launch.begin = size;
+    // The next launch, too, starts at a multiple of 16 bytes.
+    size += kTableWords + kTableWords * count + (with_places ? count + count % 2 : 0);
+  }
+  std::vector<int64_t> words(size, 0);
+  std::vector<int64_t> filled(launches.size(), 0);
+  int64_t slots = 0;
+  for (const TensorView* tensor : tensors) {
+    const size_t l = static_cast<size_t>(found[static_cast<int>(tensor->dtype)]);
+    Launch& launch = launches[l];
+    const size_t i = static_cast<size_t>(filled[l]++);
+    int64_t* const row = &words[launch.begin + kTableWords + kTableWords * i];
+    const int64_t chunks = (tensor->numel + chunk - 1) / chunk;
+    row[0] = launch.chunks;
+    row[1] = reinterpret_cast<int64_t>(tensor->data);
+    row[2] = tensor->numel;
+    row[3] = slots;
+    if (with_places)
+      words[launch.begin + kTableWords + kTableWords * static_cast<size_t>(launch.tensors) + i] = tensor - first;
+    launch.chunks += chunks;
+    slots += slot_for_each_tensor ? 1 : chunks;
+  }
+  words[0] = slots;
+  const Owned list = checked(PyList_New(0));
+  for (const Launch& launch : launches) {
+    words[launch.begin] = launch.tensors;
+    words[launch.begin + 1] = launch.chunks;
+    const Owned tuple = checked(PyTuple_New(4));
+    set(tuple, 0, to_long(static_cast<int>(launch.dtype)));
+    set(tuple, 1, to_long(static_cast<int64_t>(launch.begin)));
+    set(tuple, 2, to_long(launch.chunks));
+    set(tuple, 3, to_long(launch.tensors));
+    check(PyList_Append(list.get(), tuple.get()));
+  }
+  Owned table = checked(PyTuple_New(3));
+  const intptr_t bytes = static_cast<intptr_t>(size * sizeof(int64_t));
+  set(table, 0, checked(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()), bytes)));
+  set(table, 1, python::retain(list.get()));
+  set(table, 2, to_long(slots));
+  return table;
+}
+
+// tables(list, chunk, slot_for_each_tensor, with_places, in_rounds) -> tables as of table_of, of the tensors that have
+// elements, in_rounds one for each round of writes; or None where they are not all strided tensors of one device, of
+// our dtypes, and runs of memory.
+Owned tables(const Arguments& arguments) {
+  const intptr_t size = PyList_Size(arguments[0]);
+  check(size < 0 ? -1 : 0);
+  const int64_t chunk = arguments.to_index(1);
+  const bool slot_for_each_tensor = arguments.to_bool(2), with_places = arguments.to_bool(3);
+  const bool in_rounds = arguments.to_bool(4);
+  std::vector<TensorView> views;
+  views.reserve(static_cast<size_t>(size));
+  int32_t type = 0, id = 0;
+  // As in Reader, no Python code runs while addresses are taken.
+  const WithoutCollection guard;
+  for (intptr_t i = 0; i < size; ++i) {
+    PyObject* const tensor = checked_borrowed(PyList_GetItem(arguments[0], i));
+    if (i + static_cast<intptr_t>(kAhead) < size)
+      __builtin_prefetch(PyList_GetItem(arguments[0], i + static_cast<intptr_t>(kAhead)));
+    dlpack::Tensor dl;
+    Dtype dtype{};
+    if (!is_plain(tensor) || !is_strided(tensor, &dl) || !dlpack::to_dtype(dl.dtype, &dtype))
+      return python::retain(none());
+    if (i == 0) {
+      type = dl.device.type;
+      id = dl.device.id;
+    }
+    TensorView view = make_view(dl.data(), dtype, dl.ndim, dl.shape, dl.strides);
+    if (dl.device.type != type || dl.device.id != id || view.dims != nullptr || lacks_memory(view))
+      return python::retain(none());
+    views.push_back(std::move(view));
+  }
+  const TensorViews filled = nonempty(views);
+  std::vector<TensorViews> rounds;
+  if (!filled.empty()) rounds = in_rounds ? write_rounds(filled) : std::vector<TensorViews>{filled};
+  const Owned found = checked(PyList_New(0));
+  for (const TensorViews& round : rounds) {
+    const Owned table = table_of(round, views.data(), chunk, slot_for_each_tensor, with_places);
+    check(PyList_Append(found.get(), table.get()));
+  }
+  return python::retain(found.get());
+}
+
 // For gc.callbacks: count_collection(phase, info).
 Owned count_collection(const Arguments&) {
   ++collections;
@@ -380,7 +491,7 @@ Owned count_collection(const Arguments&) {
 
 using namespace fastclip;
 
-// With the GIL. The reader's builtins, read and units, for a torch that has these types; or null and an error.
+// With the GIL. The reader's builtins, read, units and tables, for a torch that has these types; or null and an error.
 FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObject* tensor, PyObject* parameter,
                                                     const dlpack::Exchange* exchange) {
   dlpack::exchange = exchange;
@@ -391,6 +502,7 @@ FASTCLIP_EXPORT PyObject* fastclip_reader_functions(PyObject* tensor_base, PyObj
     reader::grad_of = reader::find_property(tensor_base, "grad");
     reader::version_of = reader::find_property(tensor_base, "_version");
     static PyMethodDef methods[] = {python::method<reader::read>("read"), python::method<reader::units>("units"),
+                                    python::method<reader::tables>("tables"),
                                     python::method<reader::count_collection>("count_collection")};
     return python::functions(methods);
   });

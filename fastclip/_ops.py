@@ -237,6 +237,8 @@ if _reader:
 read: Callable[..., tuple[list, list] | None] = _reader and _reader.read  # type: ignore[assignment]
 # units(list, kept, versions) -> (views, count, device) or None, in the same file.
 units: Callable[..., tuple[object, int, int] | None] | None = _reader.units if _reader else None
+# tables(list, chunk, slot_for_each_tensor, with_places, in_rounds) -> tables or None, likewise, for Triton.
+tables: Callable[..., list | None] | None = _reader.tables if _reader else None
 
 
 def cpu_isa() -> str | None:

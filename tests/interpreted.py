@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 import fastclip
 import reference
 from cases import CASES, parameters, random
-from fastclip.backends import eager, triton_
+from fastclip.backends import eager, triton_, triton_kernels
 from fastclip.gradients import of as gradients_of
 from test_norms import check_high_orders
 from test_ops import gradients, step
@@ -261,6 +261,78 @@ def each() -> int:
     with fastclip.use_backend("triton"):
         gradients_of(tensors, gradients=False).scale_each_(coefs)
     reference.assert_bits(tensors, expected)
+    return done
+
+
+def launches() -> int:
+    """The kernels of a call, and no op of torch's beside them that would be one more."""
+    prepare()
+    ran: list[str] = []
+    launch = interpreter.GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        ran.append(self.fn.__name__.removesuffix("_kernel"))
+        return launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = counted
+    norm = ["norm_partial", "norm_finalize"]
+    grads = [torch.linspace(-1, 1, 9), torch.ones(70_000)]
+    found_inf, inv_scale = torch.tensor(7.0), torch.tensor(0.25, dtype=torch.float64)
+    clip = fastclip.clip_grad_norm_
+    params = parameters(grads)
+    total = torch.tensor(3.0, dtype=torch.bfloat16)
+    repeated = [grads[1], grads[0], grads[1], grads[1][5:]]
+    calls = {
+        "clip": (lambda: clip(params, 1.0), [*norm, "scale"]),
+        "zero": (lambda: clip(params, 1.0, nonfinite="zero"), [*norm, "scale"]),
+        "found": (lambda: clip(params, 1.0, found_inf=found_inf), [*norm, "scale"]),
+        "scaled": (lambda: clip(params, 1.0, inv_scale=inv_scale, found_inf=found_inf), [*norm, "scale"]),
+        "sanitize": (lambda: clip(params, 1.0, nonfinite="sanitize"), ["sanitize", *norm, "scale"]),
+        "norm": (lambda: fastclip.get_total_norm(grads), norm),
+        "with": (lambda: fastclip.clip_grads_with_norm_(params, 1.0, total), ["coef", "scale"]),
+        "value": (lambda: fastclip.clip_grad_value_(params, 0.1), ["clamp"]),
+        "repeated": (lambda: fastclip.clip_grad_norm_(parameters(repeated), 1.0), [*norm, *["scale"] * 3]),
+        "repeated value": (lambda: fastclip.clip_grad_value_(parameters(repeated), 0.1), ["clamp"] * 3),
+    }
+    for name, (call, expected) in calls.items():
+        ran.clear()
+        with fastclip.use_backend("triton"):
+            call()
+        assert ran == expected, (name, ran)
+        if expected[-1] == "scale" and name != "with":  # what is watched goes through ops there
+            with fastclip.use_backend("triton"), torch.autograd.profiler.profile() as profile:
+                call()
+            names = {event.name for event in profile.function_events if event.name.startswith("aten::")}
+            # The interpreter copies what it is given.
+            views = {"aten::view", "aten::reshape", "aten::to", "aten::resolve_neg"}
+            copies = {"aten::new_empty", "aten::set_", "aten::copy_"}
+            assert names <= copies | {"aten::empty", "aten::slice", "aten::as_strided", "aten::detach", *views}, names
+    return len(calls)
+
+
+def zeros() -> int:
+    """A chunk of zeros is not summed again; one whose squares leave float32 is, and its norm is right."""
+    prepare()
+    again: list[bool] = []
+    wide = triton_kernels._sum_body_wide
+    run = type(wide).__call__
+
+    def counted(self, *args, **kwargs):
+        again.append(self is wide)
+        return run(self, *args, **kwargs)
+
+    type(wide).__call__ = counted
+    done = 0
+    tiny = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-24}
+    for dtype, value in itertools.product(tiny, (0.0, -0.0, 1.0)):
+        if value == 1.0 and dtype == torch.float16:
+            continue  # no square of it leaves float32
+        again.clear()
+        tensor = torch.full((9_000,), value * tiny[dtype] if value == 1.0 else value, dtype=dtype)
+        norm = triton_.total_norm([tensor], 2.0)
+        assert any(again) == (value == 1.0), (dtype, value)
+        reference.assert_norm(norm, reference.total_norm([tensor]), torch.float64)
+        done += 1
     return done
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import struct
@@ -14,6 +15,7 @@ import torch
 import fastclip
 import reference
 import subproc
+from fastclip import _ops
 from fastclip.backends import triton_
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -74,6 +76,16 @@ def test_ops():
 @needs_triton
 def test_each_tensor():
     assert interpret("each") == 8 * 18
+
+
+@needs_triton
+def test_launches():
+    assert interpret("launches") == 10
+
+
+@needs_triton
+def test_zeros_are_read_once():
+    assert interpret("zeros") == 8
 
 
 # The table
@@ -154,12 +166,41 @@ def test_every_part_of_a_table_is_aligned():
     assert all(launch.offset * 8 % 16 == 0 for launch in table.launches)
 
 
-def test_overlap():
+def test_rounds():
+    """What is listed twice, or overlaps, is written one after the other; all else at once."""
     f32, bf16 = torch.float32, torch.bfloat16
-    assert not triton_.overlap([(400, 10, f32), (0, 100, f32), (440, 1, bf16)])
-    assert triton_.overlap([(0, 100, f32), (396, 1, f32)])
-    assert triton_.overlap([(0, 1, f32), (0, 1, f32)])
-    assert triton_.overlap([(100, 4, bf16), (0, 200, bf16)])
+    assert triton_.write_rounds([]) == []
+    assert triton_.write_rounds([(400, 10, f32), (0, 100, f32), (440, 1, bf16)]) == [[0, 1, 2]]
+    assert triton_.write_rounds([(0, 100, f32), (396, 1, f32)]) == [[0], [1]]
+    assert triton_.write_rounds([(0, 1, f32), (8, 1, f32), (0, 1, f32), (0, 1, f32)]) == [[0, 1], [2], [3]]
+    assert triton_.write_rounds([(100, 4, bf16), (900, 4, f32), (0, 200, bf16)]) == [[0, 1], [2]]
+
+
+@pytest.mark.skipif(_ops.tables is None, reason="the reader is not there")
+@pytest.mark.parametrize("options", list(itertools.product((2.0, 0.0), (False, True), (False, True))))
+def test_the_reader_fills_the_same_tables(monkeypatch, options):
+    norm_type, with_places, in_rounds = options
+    monkeypatch.setattr(triton_, "_DEVICES", ("cpu",))
+    base = torch.zeros(200_000)
+    tensors = [torch.zeros(n, dtype=dtype) for n in (0, 1, 70_000) for dtype in reference.FLOATS]
+    tensors += [base, torch.zeros(3, 4).t(), torch.nn.Parameter(base[5:9]), base[:1], torch.zeros(0, 3)]
+    numbers = {"norm_type": norm_type, "max_norm": 0.3, "bounds": lambda dtype: (-dtype.itemsize, dtype.itemsize)}
+    given = numbers | {"with_places": with_places, "in_rounds": in_rounds}
+    for some in (tensors, tensors[3:6], tensors[:4], []):
+        by_reader = triton_.tables(some, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr(_ops, "tables", None)
+            in_python = triton_.tables(some, **given)
+        assert by_reader == in_python
+    assert len(triton_.tables(tensors, **given)) == (3 if in_rounds else 1)
+
+
+@pytest.mark.skipif(_ops.tables is None, reason="the reader is not there")
+@pytest.mark.parametrize(
+    "odd", [torch.ones(8)[::2], torch.ones(2).int(), torch.ones(2).to_sparse(), torch.ones(2, device="meta")]
+)
+def test_the_reader_leaves_what_it_cannot_fill_to_python(odd):
+    assert _ops.tables([torch.ones(2), odd], 128, False, False, False) is None
 
 
 @pytest.mark.parametrize(

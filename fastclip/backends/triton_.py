@@ -1,27 +1,27 @@
 """The Triton kernels: what they take, their table, and the launches. Triton itself is imported by the first call.
 
 One call copies one table to the device, from pinned memory, and launches one kernel for each dtype in the list and
-each pass over memory, and one that finishes the norm: three for gradients of one dtype, whatever their number. Devices
-without float64 (Intel Arc) are refused, because the norm is finished in it.
+each pass over memory, and one that finishes the norm: three for gradients of one dtype, whatever their number. What is
+listed twice, or overlaps, is written in rounds, each with a table. Devices without float64 (Intel Arc) are refused,
+because the norm is finished in it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _ops
-from ..arithmetic import clip_factor, is_power, scaled_norm
+from ..arithmetic import is_power
 from . import eager
 
 NAME = "triton"
@@ -31,12 +31,13 @@ CHUNK = 65_536
 WARPS = 4
 # Lanes of a block of work, each with a vector of 16 bytes.
 LANES = WARPS * (64 if torch.version.hip else 32)
-# Programs for each multiprocessor: 8 KB in flight each, where 16 KB hide the latency of an H100.
-PROGRAMS = 8
+# Programs for each multiprocessor in kernels that write: 8 KB in flight each, where 16 KB hide the latency of an H100.
+PROGRAMS = 6
 _FINALIZE_BLOCK = 1024
 # Slots that tensor_norms_kernel takes at once: most tensors have few.
 _TENSOR_BLOCK = 128
 
+# In the order of Dtype in csrc/clip.h.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OPMATH = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _DTYPES}
 _WIDE = torch.float64
@@ -135,25 +136,50 @@ def make_table(
         rows.setdefault(dtype, []).extend((before, address, numel, slot))
         chunks[dtype] = before + own
         slot += own if norm_type else 1
-    root = 1 / norm_type if norm_type else 0.0
-    words = array("q", (slot, *_bits(norm_type, root, max_norm)))
+    words = array("q", (slot, 0, 0, 0))
     launches = []
     for dtype, own_rows in rows.items():
         launches.append(Launch(dtype, len(words), chunks[dtype], len(own_rows) // 4))
-        numbers = bounds(dtype) if bounds else (norm_type, 0.0)
-        words.extend((len(own_rows) // 4, chunks[dtype], *_bits(*numbers)))
+        words.extend((len(own_rows) // 4, chunks[dtype], 0, 0))
         words.extend(own_rows)
         if places is not None:
             words.extend(own_places[dtype])
             words.extend([0] * (len(words) % 2))  # the next launch, too, starts at a multiple of 16 bytes
-    return Table(words, launches, slot)
+    return _with_numbers(Table(words, launches, slot), norm_type, max_norm, bounds)
 
 
-def overlap(spans: Iterable[tuple[int, int, torch.dtype]]) -> bool:
-    """Whether some element belongs to two tensors, or is listed twice."""
-    runs = [(address, address + numel * dtype.itemsize) for address, numel, dtype in spans]
-    runs.sort()
-    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(runs))
+def _with_numbers(
+    table: Table, norm_type: float, max_norm: float, bounds: Callable[[torch.dtype], tuple[float, float]] | None
+) -> Table:
+    root = 1 / norm_type if norm_type else 0.0
+    table.words[1:4] = array("q", _bits(norm_type, root, max_norm))
+    for launch in table.launches:
+        numbers = bounds(launch.dtype) if bounds else (norm_type, 0.0)
+        table.words[launch.offset + 2 : launch.offset + 4] = array("q", _bits(*numbers))
+    return table
+
+
+def write_rounds(spans: Sequence[tuple[int, int, torch.dtype]]) -> list[list[int]]:
+    """The indices of tensors that can be written at once, as in csrc/views.cpp: torch writes what is listed twice, or
+    overlaps, one after the other."""
+    clusters: list[list[int]] = []
+    reach = -1
+    addresses = [address for address, _, _ in spans]
+    for i in sorted(range(len(spans)), key=addresses.__getitem__):
+        address, numel, dtype = spans[i]
+        if address >= reach:
+            clusters.append([i])
+            reach = address + numel * dtype.itemsize
+        else:
+            clusters[-1].append(i)
+            reach = max(reach, address + numel * dtype.itemsize)
+    if len(clusters) == len(spans):
+        return [list(range(len(spans)))] if spans else []
+    turns = {i: turn for cluster in clusters for turn, i in enumerate(sorted(cluster))}
+    rounds: list[list[int]] = [[] for _ in range(max(map(len, clusters), default=0))]
+    for i in range(len(spans)):
+        rounds[turns[i]].append(i)
+    return rounds
 
 
 def norm_kind(norm_type: float) -> int:
@@ -167,17 +193,12 @@ def _bits(*numbers: float) -> tuple[int, ...]:
     return struct.unpack(f"={len(numbers)}q", struct.pack(f"={len(numbers)}d", *numbers))
 
 
-def _read(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
-    """The spans of the tensors that have elements.
+def _read_places(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, int, torch.dtype]]]:
+    """The spans of the tensors that have elements, each after its place in the list.
 
     Raises:
         RuntimeError: a tensor is refused, or not on the device of the first.
     """
-    return [span for _, span in _read_places(tensors)]
-
-
-def _read_places(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, int, torch.dtype]]]:
-    """The same, each after its place in the list."""
     device = tensors[0].device if tensors else None
     spans = []
     for i, tensor in enumerate(tensors):
@@ -191,9 +212,45 @@ def _read_places(tensors: Sequence[Tensor]) -> list[tuple[int, tuple[int, int, t
     return spans
 
 
-def _in_turn(spans: list) -> list[list]:
-    """What can be written at the same time; torch writes what is listed twice, or overlaps, one after the other."""
-    return [[span] for span in spans] if overlap(spans) else [spans]
+def tables(
+    tensors: Sequence[Tensor],
+    *,
+    norm_type: float = 2.0,
+    max_norm: float = 0.0,
+    bounds: Callable[[torch.dtype], tuple[float, float]] | None = None,
+    with_places: bool = False,
+    in_rounds: bool = False,
+) -> list[Table]:
+    """Reads tensors into one table, ``in_rounds`` one for each round of writes; none where they have no elements.
+
+    By csrc/reader.cpp, or in Python what it does not take, and where it is not there.
+
+    Raises:
+        RuntimeError: a tensor is refused, or not on the device of the first.
+    """
+    found = None
+    if _ops.tables and tensors and refuses(tensors[0]) is None and not any(map(Tensor.is_neg, tensors)):
+        found = _ops.tables(list(tensors), CHUNK, norm_type == 0, with_places, in_rounds)
+    if found is not None:
+        return [_with_numbers(_from_reader(*table), norm_type, max_norm, bounds) for table in found]
+    placed = _read_places(tensors)
+    spans = [span for _, span in placed]
+    rounds = write_rounds(spans) if in_rounds else [range(len(spans))] if spans else []
+    return [
+        make_table(
+            [spans[i] for i in together],
+            CHUNK,
+            norm_type=norm_type,
+            max_norm=max_norm,
+            bounds=bounds,
+            places=[placed[i][0] for i in together] if with_places else None,
+        )
+        for together in rounds
+    ]
+
+
+def _from_reader(words: bytes, launches: list[tuple[int, int, int, int]], slots: int) -> Table:
+    return Table(array("q", words), [Launch(_DTYPES[dtype], *rest) for dtype, *rest in launches], slots)
 
 
 # The launches.
@@ -246,15 +303,17 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def _launch_all(kernel: str, table: Table, words: Tensor, *tensors: Tensor, **constants: object) -> None:
+def _launch_all(kernel: str, table: Table, words: Tensor, *tensors: Tensor, **constants: Any) -> None:
     for launch in table.launches:
         _launch(kernel, launch, words, *tensors, **constants)
 
 
-def _launch(kernel: str, launch: Launch, words: Tensor, *tensors: Tensor, **constants: object) -> None:
+def _launch(
+    kernel: str, launch: Launch, words: Tensor, *tensors: Tensor, programs: int | None = None, **constants: Any
+) -> None:
     from . import triton_kernels
 
-    getattr(triton_kernels, kernel)[(_programs(words.device, launch.chunks),)](
+    getattr(triton_kernels, kernel)[(programs or _programs(words.device, launch.chunks),)](
         words[launch.offset :],
         *tensors,
         **constants,
@@ -280,7 +339,16 @@ def _launch_partials(table: Table, words: Tensor, norm_type: float, power: bool)
     in_units = [power and eager.powers_leave_float64(launch.dtype, norm_type) for launch in table.launches]
     kind, norms = norm_kind(norm_type), any(in_units)
     for launch, in_unit in zip(table.launches, in_units, strict=True):
-        _launch("norm_partial_kernel", launch, words, partials, KIND=kind, NORMS=norms, IN_UNIT=in_unit)
+        _launch(
+            "norm_partial_kernel",
+            launch,
+            words,
+            partials,
+            programs=launch.chunks,
+            KIND=kind,
+            NORMS=norms,
+            IN_UNIT=in_unit,
+        )
     return partials, norms
 
 
@@ -290,10 +358,13 @@ def _launch_norm(
     norm_type: float,
     out: Tensor,
     clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    inv_scale: Tensor | None = None,
     *,
     root: bool = True,
+    zero: bool = False,
 ) -> None:
-    """Writes the norm to `out`, or without `root` the combined partial; and the coefficient to `clip_coef`."""
+    """Writes the norm to `out`, or without `root` the combined partial; and to `clip_coef` and `found_inf` theirs."""
     from . import triton_kernels
 
     kind = norm_kind(norm_type)
@@ -303,10 +374,13 @@ def _launch_norm(
         partials,
         out,
         out if clip_coef is None else clip_coef,
+        found_inf,
+        inv_scale,
         KIND=kind,
         NORMS=norms,
         ROOT=root,
         CLIP=clip_coef is not None,
+        ZERO=zero,
         BLOCK=_FINALIZE_BLOCK,
         num_warps=WARPS,
         enable_fp_fusion=False,
@@ -314,38 +388,46 @@ def _launch_norm(
 
 
 def _norm_partial(tensors: list[Tensor], norm_type: float) -> Tensor:
-    spans, device = _read(tensors), tensors[0].device
-    if not spans:
-        return torch.full((), math.inf if norm_type == -math.inf else 0.0, dtype=_WIDE, device=device)
-    with _on(device):
-        table = make_table(spans, CHUNK, norm_type=norm_type)
-        out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(table, _to_device(table.words, device), norm_type, out, root=False)
-    return out
+    return _norm_of(tensors, norm_type, math.inf if norm_type == -math.inf else 0.0, root=False)
 
 
 def total_norm(tensors: list[Tensor], norm_type: float) -> Tensor:
     """The wide norm over all elements of all tensors; 0 where there are none."""
-    spans, device = _read(tensors), tensors[0].device
-    if not spans:
-        return torch.zeros((), dtype=_WIDE, device=device)
+    return _norm_of(tensors, norm_type, 0.0, root=True)
+
+
+def _norm_of(tensors: list[Tensor], norm_type: float, of_nothing: float, root: bool) -> Tensor:
+    read, device = tables(tensors, norm_type=norm_type), tensors[0].device
+    if not read:
+        return torch.full((), of_nothing, dtype=_WIDE, device=device)
     with _on(device):
-        table = make_table(spans, CHUNK, norm_type=norm_type)
         out = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(table, _to_device(table.words, device), norm_type, out)
+        _launch_norm(read[0], _to_device(read[0].words, device), norm_type, out, root=root)
     return out
+
+
+def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
+    """The coefficient of arithmetic.clip_coef, by one kernel, from a 0-dim norm of any dtype that Triton takes."""
+    from . import triton_kernels
+
+    device = total_norm.device
+    with _on(device):
+        coef = torch.empty((), dtype=_WIDE, device=device)
+        words = _to_device(_with_numbers(Table(array("q", (0, 0, 0, 0)), [], 0), 2.0, max_norm, None).words, device)
+        triton_kernels.coef_kernel[(1,)](words, total_norm, coef, num_warps=1)
+    return coef
 
 
 def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     from . import triton_kernels
 
-    placed, device = _read_places(tensors), tensors[0].device
-    norms = torch.zeros(len(tensors), dtype=_WIDE, device=device)
-    if not placed:
-        return norms
+    read, device = tables(tensors, norm_type=norm_type, with_places=True), tensors[0].device
+    if not read:
+        return torch.zeros(len(tensors), dtype=_WIDE, device=device)
     with _on(device):
-        places, spans = zip(*placed, strict=True)
-        table = make_table(spans, CHUNK, norm_type=norm_type, places=places)
+        table = read[0]
+        is_full = sum(launch.tensors for launch in table.launches) == len(tensors)
+        norms = (torch.empty if is_full else torch.zeros)(len(tensors), dtype=_WIDE, device=device)
         words = _to_device(table.words, device)
         partials, are_norms = _launch_partials(table, words, norm_type, is_power(norm_type))
         for launch in table.launches:
@@ -367,17 +449,16 @@ def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
 def _tensor_stats(tensors: list[Tensor]) -> Tensor:
     from . import triton_kernels
 
-    placed, device = _read_places(tensors), tensors[0].device
+    read, device = tables(tensors, with_places=True), tensors[0].device
     stats = torch.zeros(len(tensors), 4, dtype=_WIDE, device=device)
-    if not placed:
+    if not read:
         return stats
+    (table,) = read
     with _on(device):
-        places, spans = zip(*placed, strict=True)
-        table = make_table(spans, CHUNK, places=places)
         words = _to_device(table.words, device)
         partials = torch.empty(table.slots, 4, dtype=_WIDE, device=device)
-        _launch_all("stats_partial_kernel", table, words, partials)
         for launch in table.launches:
+            _launch("stats_partial_kernel", launch, words, partials, programs=launch.chunks)
             triton_kernels.stats_finish_kernel[(launch.tensors,)](
                 words[launch.offset :], partials, stats, CHUNK=CHUNK, BLOCK=_TENSOR_BLOCK, num_warps=1
             )
@@ -385,57 +466,55 @@ def _tensor_stats(tensors: list[Tensor]) -> Tensor:
 
 
 def _scale_each_(tensors: list[Tensor], coefs: Tensor) -> None:
-    placed = _read_places(tensors)
+    read = tables(tensors, with_places=True, in_rounds=True)
     device = tensors[0].device if tensors else coefs.device
     if coefs.shape != (len(tensors),) or coefs.dtype != _WIDE or not coefs.is_contiguous() or coefs.device != device:
         raise RuntimeError(
             f"fastclip: coefs: expected a contiguous float64 tensor of {len(tensors)} elements on {device}, got "
             f"{coefs.dtype} of shape {tuple(coefs.shape)} on {coefs.device}"
         )
-    rounds = [[each] for each in placed] if overlap(span for _, span in placed) else [placed] if placed else []
-    for together in rounds:
+    _write(read, device, "scale_each_kernel", coefs)
+
+
+def _write(rounds: list[Table], device: torch.device, kernel: str, *tensors: Tensor, **constants: Any) -> None:
+    for table in rounds:
         with _on(device):
-            places, spans = zip(*together, strict=True)
-            table = make_table(spans, CHUNK, places=places)
-            _launch_all("scale_each_kernel", table, _to_device(table.words, device), coefs)
+            _launch_all(kernel, table, _to_device(table.words, device), *tensors, **constants)
 
 
 def _scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
-    spans = _read(tensors)
-    if clip_coef.dim() != 0 or not clip_coef.is_floating_point() or (spans and clip_coef.device != tensors[0].device):
+    read = tables(tensors, in_rounds=True)
+    _check_number(clip_coef, tensors[0].device if read else clip_coef.device, "clip_coef")
+    _write(read, clip_coef.device, "scale_kernel", clip_coef, ZERO=zero)
+
+
+def takes_number(number: Tensor, device: torch.device) -> bool:
+    """Whether kernels on a device can read a number where it is."""
+    return number.dim() == 0 and number.dtype in _DTYPES and number.device == device and not number.is_neg()
+
+
+def _check_number(number: Tensor, device: torch.device, name: str) -> None:
+    if not takes_number(number, device):
         raise RuntimeError(
-            f"fastclip: clip_coef: expected a 0-dim floating-point tensor on the device of the tensors, got one of "
-            f"{clip_coef.dim()} dimensions, {clip_coef.dtype}, on {clip_coef.device}"
+            f"fastclip: {name}: expected a 0-dim floating-point tensor on {device}, got one of {number.dim()} "
+            f"dimensions, {number.dtype}, on {number.device}"
         )
-    for together in _in_turn(spans):
-        if together:
-            with _on(clip_coef.device):
-                table = make_table(together, CHUNK)
-                words = _to_device(table.words, clip_coef.device)
-                _launch_all("scale_kernel", table, words, clip_coef.to(_WIDE), ZERO=zero)
 
 
 def _sanitize_(tensors: list[Tensor]) -> None:
-    spans = _read(tensors)
-    if spans:
-        device = tensors[0].device
-        with _on(device):  # writing what overlaps twice changes nothing
-            table = make_table(spans, CHUNK)
-            _launch_all("sanitize_kernel", table, _to_device(table.words, device))
+    # Writing what overlaps twice changes nothing.
+    _write(tables(tensors), tensors[0].device if tensors else torch.device("cpu"), "sanitize_kernel")
 
 
 def _clamp_(tensors: list[Tensor], min: float, max: float) -> None:
-    spans = _read(tensors)
-    rounded = {dtype: (_round(min, dtype), _round(max, dtype)) for _, _, dtype in spans}
-    if not spans:
+    read = tables(tensors, bounds=lambda dtype: (_round(min, dtype), _round(max, dtype)), in_rounds=True)
+    if not read:
         return
     device = tensors[0].device
     if math.isnan(min) or math.isnan(max):
-        return _scale_(tensors, torch.full((), math.nan, dtype=_WIDE, device=device))
-    for together in _in_turn(spans):
-        with _on(device):
-            table = make_table(together, CHUNK, bounds=rounded.__getitem__)
-            _launch_all("clamp_kernel", table, _to_device(table.words, device))
+        _write(read, device, "scale_kernel", torch.full((), math.nan, dtype=_WIDE, device=device), ZERO=False)
+    else:
+        _write(read, device, "clamp_kernel")
 
 
 def _round(bound: float, dtype: torch.dtype) -> float:
@@ -456,46 +535,34 @@ def _clip_grad_norm_(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    spans, device = _read(grads), grads[0].device
+    device = grads[0].device
+    rounds = tables(grads, norm_type=norm_type, max_norm=max_norm, in_rounds=True)
     dtype = dtype or _ops.promoted_dtype(grads)
-    if not spans:
+    if dtype not in _DTYPES:
+        raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
+    if found_inf is not None:
+        _check_number(found_inf, device, "found_inf")
+        if found_inf.dtype != torch.float32:
+            raise RuntimeError(f"fastclip: found_inf: expected a float32 tensor, got {found_inf.dtype}")
+    if inv_scale is not None:
+        _check_number(inv_scale, device, "inv_scale")
+    if not rounds:
         if found_inf is not None:
             found_inf.zero_()
         return torch.zeros((), dtype=dtype, device=device)
-    if dtype not in _DTYPES:
-        raise RuntimeError(f"fastclip: dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
-    if nonfinite == 0 and found_inf is None and inv_scale is None:
-        return _clip(grads, spans, max_norm, norm_type, dtype)
-    if nonfinite == 2:
-        _sanitize_(grads)
-    norm = total_norm(grads, norm_type)
-    if inv_scale is not None:
-        norm = scaled_norm(norm, norm_type, inv_scale)
-    if found_inf is not None:
-        found_inf.copy_(~norm.isfinite())
-    _scale_(grads, clip_factor(norm, max_norm, inv_scale, nonfinite == 1), zero=nonfinite == 1)
-    return norm.to(dtype)
-
-
-def _clip(
-    grads: list[Tensor],
-    spans: list[tuple[int, int, torch.dtype]],
-    max_norm: float,
-    norm_type: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """All of it by three launches."""
-    device = grads[0].device
     with _on(device):
-        table = make_table(spans, CHUNK, norm_type=norm_type, max_norm=max_norm)
+        table = rounds[0] if len(rounds) == 1 else tables(grads, norm_type=norm_type, max_norm=max_norm)[0]
         words = _to_device(table.words, device)
+        if nonfinite == 2:
+            _launch_all("sanitize_kernel", table, words)
         out = torch.empty((), dtype=dtype, device=device)
-        clip_coef = torch.empty((), dtype=_WIDE, device=device)
-        _launch_norm(table, words, norm_type, out, clip_coef)
-        if overlap(spans):
-            _scale_(grads, clip_coef)
+        coef = torch.empty((), dtype=_WIDE, device=device)
+        zero = nonfinite == 1
+        _launch_norm(table, words, norm_type, out, coef, found_inf, inv_scale, zero=zero)
+        if len(rounds) == 1:
+            _launch_all("scale_kernel", table, words, coef, ZERO=zero)
         else:
-            _launch_all("scale_kernel", table, words, clip_coef, ZERO=False)
+            _write(rounds, device, "scale_kernel", coef, ZERO=zero)
     return out
 
 

@@ -12,10 +12,14 @@ neither the grid nor the dtypes beside them. Inside a chunk the body starts at a
 vectors of 16 bytes; up to one vector of elements lies before it and one after it, the edges.
 """
 
-# ruff: noqa: SIM300  (a constexpr is no constant to be compared with)
+# ruff: noqa: SIM102, SIM108, SIM300  (Triton's `and` takes both sides; a constexpr is no constant to be compared with)
 
 import triton
 import triton.language as tl
+
+from . import triton_
+
+_INTERPRETS = tl.constexpr(triton_._INTERPRETS)
 
 # As NormKind in csrc/clip.h.
 SQUARES = tl.constexpr(0)
@@ -99,8 +103,10 @@ def _widen(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _narrow(x, DTYPE: tl.constexpr):
-    """From opmath to storage, to nearest even."""
-    if DTYPE == tl.bfloat16:
+    """From opmath to storage, to nearest even, which the interpreter's own cast to bfloat16 is not."""
+    if DTYPE == tl.bfloat16 and not _INTERPRETS:
+        return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    elif DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
@@ -108,6 +114,11 @@ def _narrow(x, DTYPE: tl.constexpr):
         return x.to(tl.float16)
     else:
         return x
+
+
+@triton.jit
+def _float_bits(x):
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -129,26 +140,47 @@ def _add_term(sum, error, x, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _load_four(place, BLOCK: tl.constexpr):
+    return tl.load(place), tl.load(place + BLOCK), tl.load(place + 2 * BLOCK), tl.load(place + 3 * BLOCK)
+
+
+# Loops that take four vectors load the next four before they use those: what a loop carries ptxas cannot load later to
+# save registers, which leaves one load in flight.
+
+
+@triton.jit
+def _add_four(sum, error, seen, x0, x1, x2, x3, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    w0, w1, w2, w3 = _widen(x0, DTYPE), _widen(x1, DTYPE), _widen(x2, DTYPE), _widen(x3, DTYPE)
+    sum, error = _add_term(sum, error, w0, KIND, DTYPE)
+    sum, error = _add_term(sum, error, w1, KIND, DTYPE)
+    sum, error = _add_term(sum, error, w2, KIND, DTYPE)
+    sum, error = _add_term(sum, error, w3, KIND, DTYPE)
+    if KIND == 0 and DTYPE != tl.float16:
+        seen |= _float_bits(w0) | _float_bits(w1) | _float_bits(w2) | _float_bits(w3)
+    return sum, error, seen
+
+
+@triton.jit
 def _sum_body_narrow(body, count, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a body in pairs of float32, lane by lane, then over the lanes in float64."""
+    """The sum of a body in pairs of float32, lane by lane, then over the lanes in float64; and the bits that it has."""
     lane = tl.arange(0, BLOCK)
     sum = tl.zeros([BLOCK], tl.float32)
     error = tl.zeros([BLOCK], tl.float32)
+    seen = tl.zeros([BLOCK], tl.int32)
     unrolled = count // (4 * BLOCK) * (4 * BLOCK)
-    for start in range(0, unrolled, 4 * BLOCK):
-        # Four loads in flight before the first use.
-        x0 = tl.load(body + start + lane)
-        x1 = tl.load(body + start + BLOCK + lane)
-        x2 = tl.load(body + start + 2 * BLOCK + lane)
-        x3 = tl.load(body + start + 3 * BLOCK + lane)
-        sum, error = _add_term(sum, error, _widen(x0, DTYPE), KIND, DTYPE)
-        sum, error = _add_term(sum, error, _widen(x1, DTYPE), KIND, DTYPE)
-        sum, error = _add_term(sum, error, _widen(x2, DTYPE), KIND, DTYPE)
-        sum, error = _add_term(sum, error, _widen(x3, DTYPE), KIND, DTYPE)
+    if unrolled > 0:
+        x0, x1, x2, x3 = _load_four(body + lane, BLOCK)
+        for start in range(4 * BLOCK, unrolled, 4 * BLOCK):
+            next0, next1, next2, next3 = _load_four(body + start + lane, BLOCK)
+            sum, error, seen = _add_four(sum, error, seen, x0, x1, x2, x3, KIND, DTYPE)
+            x0, x1, x2, x3 = next0, next1, next2, next3
+        sum, error, seen = _add_four(sum, error, seen, x0, x1, x2, x3, KIND, DTYPE)
     for start in range(unrolled, count, BLOCK):
-        x = tl.load(body + start + lane, mask=start + lane < count, other=0)
-        sum, error = _add_term(sum, error, _widen(x, DTYPE), KIND, DTYPE)
-    return tl.sum(sum.to(tl.float64) + error.to(tl.float64))
+        x = _widen(tl.load(body + start + lane, mask=start + lane < count, other=0), DTYPE)
+        sum, error = _add_term(sum, error, x, KIND, DTYPE)
+        if KIND == 0 and DTYPE != tl.float16:
+            seen |= _float_bits(x)
+    return tl.sum(sum.to(tl.float64) + error.to(tl.float64)), seen
 
 
 @triton.jit
@@ -175,21 +207,28 @@ def _root_in(unit, sum, p):
 
 
 @triton.jit
+def _add_four_wide(sum, x0, x1, x2, x3, p, unit, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    sum += _wide_term(_widen(x0, DTYPE), True, p, unit, KIND)
+    sum += _wide_term(_widen(x1, DTYPE), True, p, unit, KIND)
+    sum += _wide_term(_widen(x2, DTYPE), True, p, unit, KIND)
+    sum += _wide_term(_widen(x3, DTYPE), True, p, unit, KIND)
+    return sum
+
+
+@triton.jit
 def _sum_body_wide(body, count, p, unit, KIND: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     sum = tl.zeros([BLOCK], tl.float64)
     unrolled = count // (4 * BLOCK) * (4 * BLOCK)
     if KIND == 5:
         unrolled = 0  # bound by its arithmetic
-    for start in range(0, unrolled, 4 * BLOCK):
-        x0 = tl.load(body + start + lane)
-        x1 = tl.load(body + start + BLOCK + lane)
-        x2 = tl.load(body + start + 2 * BLOCK + lane)
-        x3 = tl.load(body + start + 3 * BLOCK + lane)
-        sum += _wide_term(_widen(x0, DTYPE), True, p, unit, KIND)
-        sum += _wide_term(_widen(x1, DTYPE), True, p, unit, KIND)
-        sum += _wide_term(_widen(x2, DTYPE), True, p, unit, KIND)
-        sum += _wide_term(_widen(x3, DTYPE), True, p, unit, KIND)
+    if unrolled > 0:
+        x0, x1, x2, x3 = _load_four(body + lane, BLOCK)
+        for start in range(4 * BLOCK, unrolled, 4 * BLOCK):
+            next0, next1, next2, next3 = _load_four(body + start + lane, BLOCK)
+            sum = _add_four_wide(sum, x0, x1, x2, x3, p, unit, KIND, DTYPE)
+            x0, x1, x2, x3 = next0, next1, next2, next3
+        sum = _add_four_wide(sum, x0, x1, x2, x3, p, unit, KIND, DTYPE)
     for start in range(unrolled, count, BLOCK):
         exists = start + lane < count
         x = tl.load(body + start + lane, mask=exists, other=0)
@@ -265,53 +304,55 @@ def norm_partial_kernel(
 ):
     """One partial for each chunk of a launch: sum of |x|^p, max |x|, min |x|, or 1 for a tensor with a non-zero.
 
-    With NORMS, which is for POW, the norm of the chunk, whose powers are summed IN_UNIT of an extreme.
+    With NORMS, which is for POW, the norm of the chunk, whose powers are summed IN_UNIT of an extreme. A program for
+    each chunk: the GPU balances them, however many its registers hold at once.
     """
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // BITS
-    chunks = tl.load(launch + 1)
     p = _load_float(launch + 2)
     chunk = tl.program_id(0).to(tl.int64)
-    while chunk < chunks:
-        row = _find_row(launch, chunk)
-        slot = partials + tl.load(row + 3)
-        if KIND == 2 or KIND == 3 or KIND == 4:
-            body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
-            maximum, minimum = _extremes(body, count, head, tail, KIND, BITS, BLOCK)
-            if KIND == 4:
-                # One slot for each tensor, zero before; all chunks that find something store the same 1.
-                tl.store(slot, 1.0, mask=maximum != 0)
-            else:
-                partial = _magnitude_to_float(maximum, DTYPE)
-                if KIND == 3:
-                    partial = tl.where(partial == partial, _magnitude_to_float(minimum, DTYPE), partial)
-                tl.store(slot + (chunk - tl.load(row)), partial)
+    row = _find_row(launch, chunk)
+    slot = partials + tl.load(row + 3)
+    if KIND == 2 or KIND == 3 or KIND == 4:
+        body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+        maximum, minimum = _extremes(body, count, head, tail, KIND, BITS, BLOCK)
+        if KIND == 4:
+            # One slot for each tensor, zero before; all chunks that find something store the same 1.
+            tl.store(slot, 1.0, mask=maximum != 0)
         else:
-            unit = 1.0
-            if IN_UNIT:
-                body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
-                maximum, minimum = _extremes(body, count, head, tail, 3, BITS, BLOCK)
-                extreme = _magnitude_to_float(maximum, DTYPE)
-                smallest = _magnitude_to_float(minimum, DTYPE)
-                unit = _power_unit(tl.where((extreme == extreme) & (p < 0.0), smallest, extreme))
-            STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
-            body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
-            if KIND == 5 or DTYPE == tl.float64:
-                partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
-            else:
-                partial = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
-                least = _LEAST_SUM_OF_SQUARES if KIND == 0 else 0.0
-                if not (partial >= least and partial < _INFINITY):
-                    partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
-            if head + tail > 0:
-                offset, exists = _edges(count, head, tail, VECTOR)
-                x = tl.load(body + offset, mask=exists, other=0)
-                partial += tl.sum(_wide_term(_widen(x, DTYPE), exists, p, unit, KIND))
-            if NORMS:
-                partial = _root_in(unit, partial, p)
+            partial = _magnitude_to_float(maximum, DTYPE)
+            if KIND == 3:
+                partial = tl.where(partial == partial, _magnitude_to_float(minimum, DTYPE), partial)
             tl.store(slot + (chunk - tl.load(row)), partial)
-        chunk += tl.num_programs(0)
+    else:
+        unit = 1.0
+        if IN_UNIT:
+            body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+            maximum, minimum = _extremes(body, count, head, tail, 3, BITS, BLOCK)
+            extreme = _magnitude_to_float(maximum, DTYPE)
+            smallest = _magnitude_to_float(minimum, DTYPE)
+            unit = _power_unit(tl.where((extreme == extreme) & (p < 0.0), smallest, extreme))
+        STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+        body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
+        if KIND == 5 or DTYPE == tl.float64:
+            partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
+        else:
+            partial, seen = _sum_body_narrow(body, count, KIND, DTYPE, BLOCK)
+            if KIND == 0 and DTYPE != tl.float16:  # whose squares float32 holds
+                if not (partial >= _LEAST_SUM_OF_SQUARES and partial < _INFINITY):
+                    # Unless all are zeros, as in a layer that is frozen.
+                    if not (partial == 0.0 and tl.max(seen & 0x7FFFFFFF) == 0):
+                        partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
+            elif not (partial >= 0.0 and partial < _INFINITY):
+                partial = _sum_body_wide(body, count, p, unit, KIND, DTYPE, BLOCK)
+        if head + tail > 0:
+            offset, exists = _edges(count, head, tail, VECTOR)
+            x = tl.load(body + offset, mask=exists, other=0)
+            partial += tl.sum(_wide_term(_widen(x, DTYPE), exists, p, unit, KIND))
+        if NORMS:
+            partial = _root_in(unit, partial, p)
+        tl.store(slot + (chunk - tl.load(row)), partial)
 
 
 @triton.jit
@@ -396,13 +437,20 @@ def norm_finalize_kernel(
     partials,
     out,
     clip_coef,
+    found_inf,
+    inv_scale,
     KIND: tl.constexpr,
     NORMS: tl.constexpr,
     ROOT: tl.constexpr,
     CLIP: tl.constexpr,
+    ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Combines the partials, which may be NORMS, in the order of their slots; then the ROOT, and the coefficient."""
+    """Combines the partials, which may be NORMS, in the order of their slots; then the ROOT.
+
+    With CLIP what struct Clip in csrc/clip.h asks for: the norm times inv_scale, where that is no None, found_inf
+    likewise, and the coefficient, which with ZERO is 0 where the norm is not finite.
+    """
     p = _load_float(list_header + 1)
     slots = tl.load(list_header)
     lane = tl.arange(0, BLOCK)
@@ -440,11 +488,34 @@ def norm_finalize_kernel(
         if KIND == 5:
             norm = tl.exp2(_load_float(list_header + 2) * tl.log2(norm))
     if CLIP:
-        # torch's order: reciprocal, then product; the comparison lets a NaN stay.
-        max_norm = _load_float(list_header + 3)
-        coef = 1.0 / (norm + 1e-6) * max_norm
-        tl.store(clip_coef, tl.where((coef > 1.0) | (max_norm == _INFINITY), 1.0, coef))
+        scale = tl.full([], 1.0, tl.float64)
+        if inv_scale is not None:
+            scale = tl.load(inv_scale).to(tl.float64)
+            if KIND == 4:  # a count of tensors
+                norm = tl.where(scale != 0.0, norm, 0.0)
+            else:
+                norm = norm * tl.abs(scale)
+        is_finite = tl.abs(norm) < _INFINITY
+        coef = _clip_coef(norm, _load_float(list_header + 3)) * scale
+        if ZERO:
+            coef = tl.where(is_finite, coef, 0.0)
+        tl.store(clip_coef, coef)
+        if found_inf is not None:
+            tl.store(found_inf, tl.where(is_finite, 0.0, 1.0))
     _store_norm(out, norm)
+
+
+@triton.jit
+def _clip_coef(norm, max_norm):
+    """In torch's order: reciprocal, then product; the comparison lets a NaN stay, and no norm reaches inf."""
+    coef = 1.0 / (norm + 1e-6) * max_norm
+    return tl.where((coef > 1.0) | (max_norm == _INFINITY), 1.0, coef)
+
+
+@triton.jit
+def coef_kernel(list_header, norm, clip_coef):
+    """The coefficient from a norm of any dtype."""
+    tl.store(clip_coef, _clip_coef(tl.load(norm).to(tl.float64), _load_float(list_header + 3)))
 
 
 @triton.jit
@@ -454,6 +525,14 @@ def _scale_block(x, coef, ZERO: tl.constexpr, DTYPE: tl.constexpr):
     if ZERO:
         scaled = tl.where(coef == 0.0, tl.zeros_like(scaled), scaled)
     return scaled
+
+
+@triton.jit
+def _scale_four(place, x0, x1, x2, x3, coef, ZERO: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(place, _scale_block(x0, coef, ZERO, DTYPE))
+    tl.store(place + BLOCK, _scale_block(x1, coef, ZERO, DTYPE))
+    tl.store(place + 2 * BLOCK, _scale_block(x2, coef, ZERO, DTYPE))
+    tl.store(place + 3 * BLOCK, _scale_block(x3, coef, ZERO, DTYPE))
 
 
 @triton.jit
@@ -514,7 +593,7 @@ def scale_kernel(launch, clip_coef, ZERO: tl.constexpr, DTYPE: tl.constexpr, CHU
     STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
-    wide = tl.load(clip_coef)
+    wide = tl.load(clip_coef).to(tl.float64)
     coef = wide.to(OPMATH)
     if (wide != 0.0) & (tl.abs(wide) < _LEAST_NORMAL) & (DTYPE != tl.float64):
         _scale_wide(launch, wide, DTYPE, CHUNK, BLOCK)
@@ -527,15 +606,15 @@ def scale_kernel(launch, clip_coef, ZERO: tl.constexpr, DTYPE: tl.constexpr, CHU
             row = _find_row(launch, chunk)
             body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
             unrolled = count // (4 * BLOCK) * (4 * BLOCK)
-            for start in range(0, unrolled, 4 * BLOCK):
-                x0 = tl.load(body + start + lane)
-                x1 = tl.load(body + start + BLOCK + lane)
-                x2 = tl.load(body + start + 2 * BLOCK + lane)
-                x3 = tl.load(body + start + 3 * BLOCK + lane)
-                tl.store(body + start + lane, _scale_block(x0, coef, ZERO, DTYPE))
-                tl.store(body + start + BLOCK + lane, _scale_block(x1, coef, ZERO, DTYPE))
-                tl.store(body + start + 2 * BLOCK + lane, _scale_block(x2, coef, ZERO, DTYPE))
-                tl.store(body + start + 3 * BLOCK + lane, _scale_block(x3, coef, ZERO, DTYPE))
+            if unrolled > 0:
+                place = body + lane
+                x0, x1, x2, x3 = _load_four(place, BLOCK)
+                for _ in range(4 * BLOCK, unrolled, 4 * BLOCK):
+                    next0, next1, next2, next3 = _load_four(place + 4 * BLOCK, BLOCK)
+                    _scale_four(place, x0, x1, x2, x3, coef, ZERO, DTYPE, BLOCK)
+                    x0, x1, x2, x3 = next0, next1, next2, next3
+                    place += 4 * BLOCK
+                _scale_four(place, x0, x1, x2, x3, coef, ZERO, DTYPE, BLOCK)
             for start in range(unrolled, count, BLOCK):
                 exists = start + lane < count
                 x = tl.load(body + start + lane, mask=exists)
@@ -567,48 +646,96 @@ def sanitize_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _clamp_vectors(place, x, exists, low, high, DTYPE: tl.constexpr):
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _clamp_element(bits, low, high, DTYPE: tl.constexpr):
+    """The bits of elements, clamped to bounds in opmath that their dtype holds. A NaN compares false and stays."""
+    low_bits = _narrow(low, DTYPE).to(bits.dtype, bitcast=True)
+    high_bits = _narrow(high, DTYPE).to(bits.dtype, bitcast=True)
+    if DTYPE == tl.bfloat16 and _INTERPRETS:
+        x = _widen(bits, DTYPE)
+    else:
+        # Compared in 16 bits, two at once where the GPU can.
+        x = bits.to(DTYPE, bitcast=True)
+        low = low.to(DTYPE)
+        high = high.to(DTYPE)
+    return tl.where(x > high, high_bits, tl.where(x < low, low_bits, bits))
+
+
+@triton.jit
+def _clamp_word(word, low, high, DTYPE: tl.constexpr):
+    if DTYPE.primitive_bitwidth == 16:
+        first = _clamp_element(word.to(tl.int16), low, high, DTYPE)
+        second = _clamp_element((word >> 16).to(tl.int16), low, high, DTYPE)
+        return (second.to(tl.int32) << 16) | (first.to(tl.int32) & 0xFFFF)
+    else:
+        return _clamp_element(word, low, high, DTYPE)
+
+
+@triton.jit
+def _clamp_vectors(place, words, exists, low, high, DTYPE: tl.constexpr):
     """Stores the vectors, along the last dimension, in which clamping changes something."""
-    before = _widen(x, DTYPE)
-    after = tl.where(before < low, low, before)
-    after = tl.where(after > high, high, after)
-    differs = ((after < before) | (after > before)).to(tl.int32)
-    changed = tl.max(differs, axis=1, keep_dims=True) > 0
-    tl.store(place, _narrow(after, DTYPE), mask=exists & changed)
+    clamped = _clamp_word(words, low, high, DTYPE)
+    differs = words ^ clamped
+    if DTYPE == tl.float64:  # of which an xor makes ptxas spill
+        x = words.to(tl.float64, bitcast=True)
+        differs = ((x < low) | (x > high)).to(tl.int64)
+    changed = tl.reduce(differs, 1, _or, keep_dims=True) != 0
+    tl.store(place, clamped, mask=exists & changed)
+
+
+@triton.jit
+def _clamp_four(place, x0, x1, x2, x3, low, high, DTYPE: tl.constexpr, STEP: tl.constexpr):
+    _clamp_vectors(place, x0, True, low, high, DTYPE)
+    _clamp_vectors(place + STEP, x1, True, low, high, DTYPE)
+    _clamp_vectors(place + 2 * STEP, x2, True, low, high, DTYPE)
+    _clamp_vectors(place + 3 * STEP, x3, True, low, high, DTYPE)
 
 
 @triton.jit
 def clamp_kernel(launch, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """x = min(max(x, low), high), which keeps NaN; writes only the vectors of 16 bytes that change."""
-    STORAGE: tl.constexpr = tl.int16 if DTYPE == tl.bfloat16 else DTYPE
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else (tl.int32 if BITS == 32 else tl.int64)
     OPMATH: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    VECTOR: tl.constexpr = _VECTOR_BYTES * 8 // DTYPE.primitive_bitwidth
+    WORD: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    PACKED: tl.constexpr = 2 if BITS == 16 else 1
+    WORDS: tl.constexpr = 2 if BITS == 64 else 4
+    STEP: tl.constexpr = BLOCK // PACKED  # words
     chunks = tl.load(launch + 1)
+    # Where they cross, the upper bound is what remains; each element is then compared with both as it is.
     low = _load_float(launch + 2).to(OPMATH)
     high = _load_float(launch + 3).to(OPMATH)
-    vector = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR
-    lane = vector + tl.arange(0, VECTOR)[None, :]
+    low = tl.where(low > high, high, low)
+    vector = tl.arange(0, STEP // WORDS)[:, None] * WORDS
+    lane = vector + tl.arange(0, WORDS)[None, :]
     chunk = tl.program_id(0).to(tl.int64)
     while chunk < chunks:
         row = _find_row(launch, chunk)
-        body, count, head, tail = _open_chunk(row, chunk, STORAGE, CHUNK)
-        unrolled = count // (4 * BLOCK) * (4 * BLOCK)
-        for start in range(0, unrolled, 4 * BLOCK):
-            x0 = tl.load(body + start + lane)
-            x1 = tl.load(body + start + BLOCK + lane)
-            x2 = tl.load(body + start + 2 * BLOCK + lane)
-            x3 = tl.load(body + start + 3 * BLOCK + lane)
-            _clamp_vectors(body + start + lane, x0, True, low, high, DTYPE)
-            _clamp_vectors(body + start + BLOCK + lane, x1, True, low, high, DTYPE)
-            _clamp_vectors(body + start + 2 * BLOCK + lane, x2, True, low, high, DTYPE)
-            _clamp_vectors(body + start + 3 * BLOCK + lane, x3, True, low, high, DTYPE)
-        for start in range(unrolled, count, BLOCK):
-            x = tl.load(body + start + lane, mask=start + lane < count, other=0)
-            _clamp_vectors(body + start + lane, x, start + vector < count, low, high, DTYPE)
+        body, count, head, tail = _open_chunk(row, chunk, INTEGER, CHUNK)
+        words = tl.multiple_of(body.to(tl.pointer_type(WORD), bitcast=True), 16)
+        length = count // PACKED
+        unrolled = length // (4 * STEP) * (4 * STEP)
+        if unrolled > 0:
+            place = words + lane
+            x0, x1, x2, x3 = _load_four(place, STEP)
+            for _ in range(4 * STEP, unrolled, 4 * STEP):
+                next0, next1, next2, next3 = _load_four(place + 4 * STEP, STEP)
+                _clamp_four(place, x0, x1, x2, x3, low, high, DTYPE, STEP)
+                x0, x1, x2, x3 = next0, next1, next2, next3
+                place += 4 * STEP
+            _clamp_four(place, x0, x1, x2, x3, low, high, DTYPE, STEP)
+        for start in range(unrolled, length, STEP):
+            x = tl.load(words + start + lane, mask=start + lane < length, other=0)
+            _clamp_vectors(words + start + lane, x, start + vector < length, low, high, DTYPE)
         if head + tail > 0:
-            offset, exists = _edges(count, head, tail, VECTOR)
-            x = tl.load(body + offset[:, None], mask=exists[:, None], other=0)
-            _clamp_vectors(body + offset[:, None], x, exists[:, None], low, high, DTYPE)
+            offset, exists = _edges(count, head, tail, PACKED * WORDS)
+            x = tl.load(body + offset, mask=exists, other=0)
+            clamped = _clamp_element(x, low, high, DTYPE)
+            tl.store(body + offset, clamped, mask=exists & (clamped != x))
         chunk += tl.num_programs(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from torch.utils._foreach_utils import _device_has_foreach_support
 
 from .. import _dispatch
 from ..arithmetic import combine, is_power, nothing, wide_dtype
-from ..backends import eager
+from ..backends import eager, triton_
 from . import reading
 from .contract import PLAIN, Clip, Gradients, Group, describe
 from .plain import DTYPES, Plain
@@ -33,6 +34,21 @@ class Part(Gradients):
         if is_power(norm_type):
             return self.backend.total_norm(self.tensors, norm_type)
         return self.backend.norm_partial(self.tensors, norm_type)
+
+    def total_norm(self, norm_type: float) -> Tensor:
+        if self._launches_alone():
+            return triton_.total_norm(self.tensors, norm_type)
+        return super().total_norm(norm_type)
+
+    def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
+        if self._launches_alone() and max_norm != math.inf and triton_.takes_number(total_norm, self.tensors[0].device):
+            self.scale_(triton_.clip_coef(total_norm.detach(), max_norm))
+        else:
+            super().clip_with_norm_(max_norm, total_norm)
+
+    def _launches_alone(self) -> bool:
+        """Whether kernels do what would be small ops of torch's, which nobody waits to see."""
+        return not reading.is_watched() and self.backend is triton_
 
     def norms(self, norm_type: float) -> Tensor:
         return self.backend.tensor_norms(self.tensors, norm_type)
