@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_cliff_throws_the_unclipped_far():
     assert max(none.norms) > 100
     assert none.path[-1][0] > cliff.WEIGHTS[1]
     assert norm.errors[-1] < none.errors[-1] / 10
-    assert all(math.dist(a, b) <= cliff.RATE * cliff.MAX_NORM * 1.001 for a, b in zip(norm.path, norm.path[1:]))
+    assert all(math.dist(*pair) <= cliff.RATE * cliff.MAX_NORM * 1.001 for pair in pairwise(norm.path))
     assert (wall.ends["norm"] < cliff.SOLVED).sum() > 2 * (wall.ends["none"] < cliff.SOLVED).sum()
 
 

@@ -1,6 +1,6 @@
 """The cliff in the error surface of a recurrent unit, and descent on it: the picture of Pascanu et al., computed.
 
-    python benchmarks/experiments/cliff.py [--out DIR] [--quick]
+python benchmarks/experiments/cliff.py [--out DIR] [--quick]
 """
 
 from __future__ import annotations

@@ -92,13 +92,15 @@ def _progress(console, label: str) -> Iterator[Callable[[int, int, str], None]]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastclip demo",
-        description="An LSTM on digits, a regression net and a recurrent unit, clipped and not; writes charts and CSV files.",
+        description="Train an LSTM, a regression net and a recurrent unit, clipped and not; write charts and CSV.",
     )
     whole = _number(int, 1, 10**9, "a whole number from 1 to 1e9")
     number = _number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
     seed = _number(int, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")
     parser.add_argument("--steps", type=whole, help="of every run (default: 276 for digits, 400 for the others)")
-    parser.add_argument("--max-norm", type=number, help="(default: 2 for digits, 100 and 1 for regression, 0.5 for the cliff)")
+    parser.add_argument(
+        "--max-norm", type=number, help="(default: 2 for digits, 100 and 1 for regression, 0.5 for the cliff)"
+    )
     parser.add_argument("--out", type=_folder, default="fastclip-demo", help="folder for files (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=1, help="of weights, split and batches (default: %(default)s)")
     # More threads gain little on nets this small, and sums in another order would give every machine other curves.

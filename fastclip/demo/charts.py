@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from statistics import fmean
 
-from fastclip.demo.cliff import START, Cliff
+from fastclip.demo.cliff import BIASES, START, WEIGHTS, Cliff
 from fastclip.demo.digits import CLIP_VALUE, WARMUP_STEPS, Digits
 from fastclip.demo.regression import ARTICLE_RATE, RATE, Run
 
@@ -80,20 +80,17 @@ def cliff(wall: Cliff):
     from matplotlib.patheffects import withStroke
 
     figure, axes = _figure(1, 2, (12, 5.2), "The cliff: descent on (sigmoid(x_50) - 0.7)^2, x_k = w sigmoid(x_k-1) + b")
-    edges = (wall.weights[0], wall.weights[-1]), (wall.biases[0], wall.biases[-1])
-    halo = [withStroke(linewidth=3.5, foreground="black")]
+    edges = WEIGHTS, BIASES
+    surface = [each.numpy() for each in (wall.weights, wall.biases, wall.surface)]
+    halo = [withStroke(linewidth=2.5, foreground="black")]
     for axis, run in zip(axes.flat, wall.descents, strict=True):
-        shown = axis.pcolormesh(
-            wall.weights, wall.biases, wall.surface, norm=LogNorm(1e-4, 0.5), cmap="Greys", rasterized=True
-        )
-        colour = COLOURS[run.kind]
-        axis.plot(*zip(*run.path, strict=True), ".-", color=colour, linewidth=1.5, markersize=4, path_effects=halo)
+        shown = axis.pcolormesh(*surface, norm=LogNorm(1e-4, 0.5), cmap="viridis", rasterized=True)
+        colour = {"none": "#FF6A3D", "norm": "white"}[run.kind]  # seen on every colour of the surface
+        axis.plot(*zip(*run.path, strict=True), ".-", color=colour, linewidth=1.0, markersize=3)
         axis.plot(*START, "o", color="white", markeredgecolor="black", markersize=9)
         axis.annotate("start", START, (8, 8), textcoords="offset points", path_effects=halo, color="white")
         inside = [
-            (low <= w <= high and bottom <= b <= top)
-            for w, b in run.path
-            for (low, high), (bottom, top) in [edges]
+            (low <= w <= high and bottom <= b <= top) for w, b in run.path for (low, high), (bottom, top) in [edges]
         ]
         end = f"ends at w = {run.path[-1][0]:.2f}, b = {run.path[-1][1]:.2f}"
         left = "" if all(inside) else f", off the chart from step {inside.index(False)}"

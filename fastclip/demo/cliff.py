@@ -15,7 +15,16 @@ WEIGHTS, BIASES = (4.0, 6.5), (-3.6, -1.6)
 START = (5.8, -3.0)  # on the plateau above the wall
 STEPS, RATE, MAX_NORM = 400, 0.1, 0.5
 STARTS, SOLVED = 100, 1e-3
-COLUMNS = ("clipping", "start error", "end error", "peak norm", "end w", "end b", "solved of 100 starts", "median end error")
+COLUMNS = (
+    "clipping",
+    "start error",
+    "end error",
+    "peak norm",
+    "end w",
+    "end b",
+    "solved of 100 starts",
+    "median end error",
+)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def print_cliff(console, wall: cliff.Cliff) -> None:
 
 
 def write_csv(folder: Path, images: digits.Digits, points: list[regression.Run], wall: cliff.Cliff) -> list[Path]:
-    """Write digits.csv (a row per run and step), regression.csv (per run, layer, step) and cliff.csv (per descent, step).
+    """Write digits.csv (a row per run, step), regression.csv (per run, layer, step) and cliff.csv (per descent, step).
 
     Returns:
         Their paths.
