@@ -7,15 +7,16 @@ import csv
 import io
 import math
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 
 from fastclip import demo
-from fastclip.demo import digits, regression
+from fastclip.demo import cliff, digits, regression
 
 STEPS = 3
-FILES = ("digits.csv", "regression.csv", "norms.png", "losses.png", "times.png")
+FILES = ("digits.csv", "regression.csv", "cliff.csv", "norms.png", "losses.png", "times.png", "cliff.png")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,28 @@ def test_unclipped_explodes_and_clipped_converges():
         assert all(map(math.isfinite, value.losses + norm.losses))
     assert 0 < sum(runs[2].clipped) < len(runs[2].clipped) / 2
     assert runs[3].nonfinite_step < 10
+
+
+def test_cliff_gradient_and_wall():
+    """The error at a fixed point of the recurrence, and a wall: a small step in b changes it by half its range."""
+    at = torch.tensor
+    # x_0 is a fixed point: sigmoid(x_50) = sigmoid(0.5).
+    w, half = at(3.0, dtype=torch.float64), torch.sigmoid(at(0.5, dtype=torch.float64))
+    assert cliff.error(w, 0.5 - w * half).item() == pytest.approx((half.item() - 0.7) ** 2, rel=1e-9)
+    wall = 0.5 - 5.5 * half
+    above, below = (cliff.error(at(5.5, dtype=torch.float64), wall + side).item() for side in (0.01, -0.01))
+    assert below > 0.2
+    assert above < 0.1
+
+
+def test_cliff_throws_the_unclipped_far():
+    wall = cliff.run(None, None, 1, lambda *progress: None)
+    none, norm = wall.descents
+    assert max(none.norms) > 100
+    assert none.path[-1][0] > cliff.WEIGHTS[1]
+    assert norm.errors[-1] < none.errors[-1] / 10
+    assert all(math.dist(*pair) <= cliff.RATE * cliff.MAX_NORM * 1.001 for pair in pairwise(norm.path))
+    assert (wall.ends["norm"] < cliff.SOLVED).sum() > 2 * (wall.ends["none"] < cliff.SOLVED).sum()
 
 
 def test_same_seed_same_runs():

@@ -1,4 +1,4 @@
-"""python -m fastclip demo: two training experiments that show what gradient clipping does.
+"""python -m fastclip demo: three experiments that show what gradient clipping does.
 
 They redo those of the article "Understanding Gradient Clipping (and How It Can Fix Exploding Gradients Problem)", 2020.
 """
@@ -20,7 +20,7 @@ import fastclip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run both experiments, print their tables, write charts and CSV files.
+    """Run the experiments, print their tables, write charts and CSV files.
 
     Args:
         argv: the arguments after `demo`; None takes them from sys.argv.
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fastclip.demo import charts, digits, regression, report
+    from fastclip.demo import charts, cliff, digits, regression, report
 
     start = perf_counter()
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -59,9 +59,12 @@ def _run(arguments: argparse.Namespace) -> None:
         images = digits.run(arguments.steps, arguments.max_norm, arguments.seed, show)
     with _progress(console, "regression") as show:
         points = regression.run(arguments.steps, arguments.max_norm, arguments.seed, show)
-    paths = report.write_csv(arguments.out, images, points) + charts.draw(arguments.out, images, points)
+    with _progress(console, "cliff") as show:
+        wall = cliff.run(arguments.steps, arguments.max_norm, arguments.seed, show)
+    paths = report.write_csv(arguments.out, images, points, wall) + charts.draw(arguments.out, images, points, wall)
     report.print_digits(console, images)
     report.print_regression(console, points)
+    report.print_cliff(console, wall)
     print(f"{perf_counter() - start:.0f} s with --threads {arguments.threads}")
     print("fastclip's backends for the LSTM:", *fastclip.why(images.runs[0].parameters), sep="\n  ")
     print("written:", *paths, sep="\n  ")
@@ -89,13 +92,15 @@ def _progress(console, label: str) -> Iterator[Callable[[int, int, str], None]]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastclip demo",
-        description="Train an LSTM on digits and a regression net, clipped and not; write charts and CSV files.",
+        description="Train an LSTM, a regression net and a recurrent unit, clipped and not; write charts and CSV.",
     )
     whole = _number(int, 1, 10**9, "a whole number from 1 to 1e9")
     number = _number(float, sys.float_info.min, sys.float_info.max, "a finite number above 0")
     seed = _number(int, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")
-    parser.add_argument("--steps", type=whole, help="of every run (default: 276 for digits, 400 for regression)")
-    parser.add_argument("--max-norm", type=number, help="(default: 2 for digits, 100 and 1 for regression's two rates)")
+    parser.add_argument("--steps", type=whole, help="of every run (default: 276 for digits, 400 for the others)")
+    parser.add_argument(
+        "--max-norm", type=number, help="(default: 2 for digits, 100 and 1 for regression, 0.5 for the cliff)"
+    )
     parser.add_argument("--out", type=_folder, default="fastclip-demo", help="folder for files (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=1, help="of weights, split and batches (default: %(default)s)")
     # More threads gain little on nets this small, and sums in another order would give every machine other curves.

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from fastclip._figures import PALETTE, legend_below
 from fastclip._figures import figure as figure_of
+from fastclip.demo.cliff import BIASES, START, WEIGHTS, Cliff
 from fastclip.demo.digits import CLIP_VALUE, WARMUP_STEPS, Digits
 from fastclip.demo.regression import ARTICLE_RATE, RATE, Run
 
@@ -17,10 +18,11 @@ LABELS = {"none": "not clipped", "value": "clipped by value", "norm": "clipped b
 SMOOTHED_STEPS = 20  # single batches of digits are too noisy to compare
 
 
-def draw(folder: Path, images: Digits, points: list[Run]) -> list[Path]:
-    """Draw norms.png, losses.png and times.png; return their paths."""
-    paths = [folder / "norms.png", folder / "losses.png", folder / "times.png"]
-    for path, figure in zip(paths, (_norms(images, points), _losses(images, points), _times(images)), strict=True):
+def draw(folder: Path, images: Digits, points: list[Run], wall: Cliff) -> list[Path]:
+    """Draw norms.png, losses.png, times.png and cliff.png; return their paths."""
+    paths = [folder / f"{name}.png" for name in ("norms", "losses", "times", "cliff")]
+    figures = (_norms(images, points), _losses(images, points), _times(images), cliff(wall))
+    for path, figure in zip(paths, figures, strict=True):
         figure.savefig(path, dpi=150)
     return paths
 
@@ -71,6 +73,37 @@ def _times(images: Digits):
         axis.set(title=title, xlabel=f"step (up to {WARMUP_STEPS} warm-up steps left out)", ylabel="time per call (µs)")
         axis.set_ylim(0, 1.25 * top)  # room for the legend
         axis.legend(loc="upper right")
+    return figure
+
+
+def cliff(wall: Cliff):
+    """The error surface in log colour, once for each descent."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import AutoLocator
+
+    figure, axes = figure_of(
+        1, 2, (12, 5.2), "The cliff: descent on (sigmoid(x_50) - 0.7)^2, x_k = w sigmoid(x_k-1) + b"
+    )
+    edges = WEIGHTS, BIASES
+    surface = [each.numpy() for each in (wall.weights, wall.biases, wall.surface)]
+    halo = [withStroke(linewidth=2.5, foreground="black")]
+    for axis, run in zip(axes.flat, wall.descents, strict=True):
+        shown = axis.pcolormesh(*surface, norm=LogNorm(1e-4, 0.5), cmap="viridis", rasterized=True)
+        colour = {"none": "#FF6A3D", "norm": "white"}[run.kind]  # seen on every colour of the surface
+        axis.plot(*zip(*run.path, strict=True), ".-", color=colour, linewidth=1.0, markersize=3)
+        axis.plot(*START, "o", color="white", markeredgecolor="black", markersize=9)
+        axis.annotate("start", START, (8, 8), textcoords="offset points", path_effects=halo, color="white")
+        inside = [
+            (low <= w <= high and bottom <= b <= top) for w, b in run.path for (low, high), (bottom, top) in [edges]
+        ]
+        end = f"ends at w = {run.path[-1][0]:.2f}, b = {run.path[-1][1]:.2f}"
+        left = "" if all(inside) else f", off the chart from step {inside.index(False)}"
+        axis.set(title=f"{LABELS[run.kind]}: {end}{left}", xlabel="w", ylabel="b", xlim=edges[0], ylim=edges[1])
+        axis.title.set_fontsize(10)
+        axis.xaxis.set_major_locator(AutoLocator())
+        axis.grid(False)
+    figure.colorbar(shown, ax=axes, label="error (log colour)", extend="min")
     return figure
 
 

@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from fastclip.demo import digits, regression
+from fastclip.demo import cliff, digits, regression
 
 
 def print_digits(console, result: digits.Digits) -> None:
@@ -45,8 +45,20 @@ def print_regression(console, runs: list[regression.Run]) -> None:
     console.print(f"{regression.ARTICLE_RATE:g} is the article's rate; {regression.RATE:g} is low enough to watch.")
 
 
-def write_csv(folder: Path, images: digits.Digits, points: list[regression.Run]) -> list[Path]:
-    """Write digits.csv (a row per run and step) and regression.csv (per run, layer and step); return their paths."""
+def print_cliff(console, wall: cliff.Cliff) -> None:
+    """Print the table of the cliff."""
+    table = _table("Cliff: one recurrent unit, 50 time steps", *cliff.COLUMNS)
+    for row in cliff.rows(wall):
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_csv(folder: Path, images: digits.Digits, points: list[regression.Run], wall: cliff.Cliff) -> list[Path]:
+    """Write digits.csv (a row per run, step), regression.csv (per run, layer, step) and cliff.csv (per descent, step).
+
+    Returns:
+        Their paths.
+    """
     digits_rows = [
         (step, run.kind, run.library, *seen[:2], int(seen[2]), seen[3])
         for run in images.runs
@@ -58,13 +70,19 @@ def write_csv(folder: Path, images: digits.Digits, points: list[regression.Run])
         for layer, norms in run.norms.items()
         for step, (norm, loss, clipped) in enumerate(zip(norms, run.losses, run.clipped, strict=True), 1)
     ]
+    cliff_rows = [
+        (step, each.kind, *point, error, norm)
+        for each in wall.descents
+        for step, (point, error, norm) in enumerate(zip(each.path, each.errors, [*each.norms, None], strict=True))
+    ]
     for name, header, rows in (
         ("digits.csv", "step kind library loss total_norm clipped clip_us", digits_rows),
         ("regression.csv", "step rate kind layer norm loss clipped", regression_rows),
+        ("cliff.csv", "step kind w b error norm", cliff_rows),
     ):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header.split(), *rows])
-    return [folder / "digits.csv", folder / "regression.csv"]
+    return [folder / "digits.csv", folder / "regression.csv", folder / "cliff.csv"]
 
 
 def _equality(differences: list[float]) -> str:
