@@ -58,16 +58,18 @@ def _run(arguments: argparse.Namespace) -> None:
     with _progress(console, "digits") as show:
         images = digits.run(arguments.steps, arguments.max_norm, arguments.seed, show)
     with _progress(console, "regression") as show:
-        points = regression.run(arguments.steps, arguments.max_norm, arguments.seed, show)
+        points = regression.run(arguments.steps, arguments.max_norm, arguments.seed, show, arguments.out)
     with _progress(console, "cliff") as show:
         wall = cliff.run(arguments.steps, arguments.max_norm, arguments.seed, show)
     paths = report.write_csv(arguments.out, images, points, wall) + charts.draw(arguments.out, images, points, wall)
+    monitored = report.of_the_monitor(arguments.out / "monitor", points)
     report.print_digits(console, images)
     report.print_regression(console, points)
     report.print_cliff(console, wall)
     print(f"{perf_counter() - start:.0f} s with --threads {arguments.threads}")
     print("fastclip's backends for the LSTM:", *fastclip.why(images.runs[0].parameters), sep="\n  ")
-    print("written:", *paths, sep="\n  ")
+    print("the regression at the article's rate, as the monitor saw it:", *monitored.words, sep="\n  ")
+    print("written:", *paths, *monitored.paths, sep="\n  ")
 
 
 @contextmanager

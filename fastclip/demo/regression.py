@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Run:
     clipped: list[bool] = field(default_factory=list)
     loss_before: float = math.nan
     loss_after: float = math.nan
+    log: Path | None = None
     nonfinite_step: int | None = None  # the first step, from 1, whose loss or norm is NaN or infinite
 
 
@@ -60,8 +62,17 @@ def load() -> tuple[Tensor, Tensor]:
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32).unsqueeze(1)
 
 
-def run(steps: int | None, max_norm: float | None, seed: int, show: Callable[[int, int, str], None]) -> list[Run]:
-    """Train the net not clipped, by value and by norm, at our rate and at the article's: six runs, in this order."""
+def run(
+    steps: int | None,
+    max_norm: float | None,
+    seed: int,
+    show: Callable[[int, int, str], None],
+    folder: Path | None = None,
+) -> list[Run]:
+    """Train the net not clipped, by value and by norm, at our rate and at the article's: six runs, in this order.
+
+    A GradMonitor of each writes its log to the folder.
+    """
     x, y = load()
     order = batches(len(x), BATCH, steps or STEPS, seed)
     runs = [
@@ -70,6 +81,7 @@ def run(steps: int | None, max_norm: float | None, seed: int, show: Callable[[in
         for kind, limit in (("none", math.inf), ("value", CLIP_VALUE), ("norm", max_norm or bound))
     ]
     for done, each in enumerate(runs, 1):
+        each.log = folder and folder / f"regression-rate{each.rate:g}-{each.kind}.jsonl"
         _train(each, x, y, order, seed)
         show(done * len(order), len(runs) * len(order), f"rate {each.rate:g}, clipped by {each.kind}")
     return runs
@@ -80,32 +92,38 @@ def _train(run: Run, x: Tensor, y: Tensor, order: list[Tensor], seed: int) -> No
         torch.manual_seed(seed)
         model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=run.rate, momentum=MOMENTUM)
+    if run.log:
+        run.log.unlink(missing_ok=True)  # of the demo before
+    monitor = fastclip.GradMonitor(model, every=50, writer=run.log, alarms=False)
     run.loss_before = functional.mse_loss(model(x), y).item()
     for step, batch in enumerate(order, 1):
         optimizer.zero_grad()
         loss = functional.mse_loss(model(x[batch]), y[batch])
         loss.backward()
         run.losses.append(loss.item())
-        _clip(run, model)
+        _clip(run, model, monitor)
         optimizer.step()
         if not math.isfinite(run.losses[-1] + run.norms["total"][-1]):
             run.nonfinite_step = run.nonfinite_step or step
             if step == run.nonfinite_step + STEPS_AFTER_NONFINITE:
                 break
+    monitor.close()
     run.loss_after = functional.mse_loss(model(x), y).item()
 
 
-def _clip(run: Run, model: Net) -> None:
+def _clip(run: Run, model: Net, monitor: fastclip.GradMonitor) -> None:
     """Clip the gradients by the norms that are recorded: those of the layers, and their norm, the total."""
     grads = {name: [p.grad for p in layer.parameters()] for name, layer in model.named_children()}
     norms = {name: fastclip.get_total_norm(layer, norm_dtype=torch.float64) for name, layer in grads.items()}
     norms["total"] = fastclip.get_total_norm(list(norms.values()))
     for name, norm in norms.items():
         run.norms[name].append(norm.item())
-    measured = norms["total"]
+    measured, loss = norms["total"], run.losses[-1]
     if run.kind == "norm":
-        fastclip.clip_grads_with_norm_(model.parameters(), run.limit, measured)
+        monitor.clip_grad_norm_(run.limit, loss=loss)
     elif run.kind == "value":
         measured = fastclip.get_total_norm([p.grad for p in model.parameters()], math.inf)
-        fastclip.clip_grad_value_(model.parameters(), run.limit)
+        monitor.clip_grad_value_(run.limit, loss=loss)
+    else:
+        monitor.observe(loss)
     run.clipped.append(measured.item() > run.limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from fastclip.demo import cliff, digits, regression
 
@@ -51,6 +52,26 @@ def print_cliff(console, wall: cliff.Cliff) -> None:
     for row in cliff.rows(wall):
         table.add_row(*row)
     console.print(table)
+
+
+class Monitored(NamedTuple):
+    """What the monitor's report says of runs, and its charts."""
+
+    words: list[str]
+    paths: list[Path]
+
+
+def of_the_monitor(folder: Path, runs: list[regression.Run]) -> Monitored:
+    """The report of the logs that the regression at the article's rate left."""
+    from fastclip.report import charts, verdict
+    from fastclip.report.log import read
+
+    logs = [run.log for run in runs if run.rate == regression.ARTICLE_RATE and run.log]
+    found = [read(log)[0] for log in logs]
+    verdicts = [verdict.of(each) for each in found]
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [f"{each.name}: {said.headline}" for each, said in zip(found, verdicts, strict=True)]
+    return Monitored(words, [*logs, *(picture.path for picture in charts.draw(folder, found, verdicts))])
 
 
 def write_csv(folder: Path, images: digits.Digits, points: list[regression.Run], wall: cliff.Cliff) -> list[Path]:

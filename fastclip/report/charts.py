@@ -74,7 +74,8 @@ def _norms(runs: Sequence[Run]) -> Figure:
         axis.set_yscale("log")
         bounds = np.concatenate([run.max_norms[run.bounded] for run in runs])
         low, high = np.concatenate([values, bounds]).min(), np.concatenate([values, bounds]).max()
-        axis.set_ylim(low / 3, high * 3)
+        # What explodes leaves through the top, so that the rest can be seen.
+        axis.set_ylim(low / 3, min(high * 3, 1e6 * float(np.median(values))))
     else:
         axis.text(0.5, 0.5, "no step had a finite norm", transform=axis.transAxes, ha="center")
     axis.set(xlabel="step", ylabel="L2 norm of all gradients (log axis)")
