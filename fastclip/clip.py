@@ -124,8 +124,11 @@ def clip_in_steps(
 ) -> Tensor:
     """:func:`clip_grad_norm_` with its norm between the read and the write."""
     grads = _of(parameters, foreach, process_group, is_duplicate, level=4)
-    known = look and grads.tensors and look.see(grads, norm_type, options)
-    total_norm = grads.norm_of(Clip(math.inf, norm_type, *options), known if isinstance(known, Tensor) else None)
+    # A rank that holds nothing takes part in what the others compute.
+    if isinstance(grads, gradients.Nothing):
+        look = None
+    known = look.see(grads, norm_type, options) if look else None
+    total_norm = grads.norm_of(Clip(math.inf, norm_type, *options), known)
     if error_if_nonfinite:
         grads.check_finite(total_norm, norm_type)
     clip = Clip(_to_float(max_norm, "max_norm"), norm_type, *options)
@@ -133,7 +136,7 @@ def clip_in_steps(
         # Converting it may have run the caller's code, after which nothing that was read can be relied on.
         grads = _of(parameters, foreach, process_group, is_duplicate)
     grads.clip_by_(clip, total_norm)
-    if look and grads.tensors:
+    if look:
         look.record(clip, total_norm)
     return grads.finish(total_norm, norm_dtype)
 

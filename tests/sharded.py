@@ -156,6 +156,41 @@ def a_norm_and_a_coefficient_for_each():
 
 
 @check(CHECKS)
+def a_monitor_records_what_all_ranks_hold():
+    """To the same numbers on each, and the first alone writes unless all are to."""
+    mesh, fulls = mesh_1d(), full_tensors()
+    named = [(f"p{i}", parameter(sharded(full, mesh, [Shard(0)]))) for i, full in enumerate(fulls)]
+    written = {ranks: [] for ranks in ("first", "all")}
+    for ranks, seen in written.items():
+        monitor = fastclip.GradMonitor(named, writer=lambda record, step, seen=seen: seen.append(record), ranks=ranks)
+        for (_, made), full in zip(named, fulls, strict=True):
+            made.grad = sharded(full, mesh, [Shard(0)])
+        norm = monitor.clip_grad_norm_(1.0)
+        record = monitor.records[0]
+        monitor.close()
+        reference.assert_norm(
+            torch.tensor(record["train/grad_norm"], dtype=torch.float64), reference.total_norm(fulls, 2.0)
+        )
+        assert float(plain(norm)) == pytest.approx(record["train/grad_norm"])
+        for (name, made), full in zip(named, fulls, strict=True):
+            if f"train/grad_norm/{name}" in record:  # a rank may hold nothing of it
+                assert record[f"train/grad_norm/{name}"] == pytest.approx(float(full.norm()))
+                assert record[f"train/grad_max/{name}"] == pytest.approx(float(full.abs().max()))
+            torch.testing.assert_close(plain(made.grad), full / (record["train/grad_norm"] + 1e-6))
+    assert len(written["all"]) == 1
+    assert len(written["first"]) == (dist.get_rank() == 0)
+    # A rank without gradients takes part.
+    monitor = fastclip.GradMonitor(named)
+    for (_, made), full in zip(named, fulls, strict=True):
+        made.grad = None if dist.get_rank() == 1 else sharded(full, mesh, [Shard(0)])
+    others = [part for full in fulls for rank, part in enumerate(full.chunk(mesh.size())) if rank != 1]
+    held = reference.total_norm(others, 2.0)
+    for clip in (lambda: monitor.clip_grad_norm_(1e9), monitor.observe, lambda: monitor.clip_grad_value_(1e9)):
+        clip()
+        assert monitor.records[-1]["train/grad_norm"] == pytest.approx(held)
+
+
+@check(CHECKS)
 def a_policy_acts_alike_on_all_ranks():
     """By a norm that shards add up to, and by a loss that one rank alone sees rise."""
     mesh, (full,) = mesh_1d(), full_tensors(((5, 3),))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import fastclip
 from fastclip import gradients
+from fastclip.monitor import watched_process
+from fastclip.patch import overlay
 
 # Of other packages, about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,6 +45,17 @@ def same_losses(train, calls) -> None:
     assert len(got) == len(expected) == STEPS
     assert len(set(got)) == STEPS
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-6, atol=0)
+    # The same bits while a monitor watches, which finds the model by itself.
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        with overlay(watched_process(str(log))):
+            assert train() == got
+        _, *records = (json.loads(line) for line in log.read_text().splitlines())
+    assert [record["step"] for record in records] == list(range(STEPS))
+    names = {tag.rpartition("/")[2] for tag in records[0] if "/grad_norm/" in tag}
+    assert {name.split(".", name.count(".") - 1)[-1] for name in names} == {
+        name for name, _ in model().named_parameters()
+    }
 
 
 def model() -> nn.Module:

@@ -255,9 +255,9 @@ class GradMonitor:
         """
         read = gradients.of(self.parameters, writes=False)
         look = _Look(self, self.parameters, loss)
-        norm = look.see(read, 2.0, ()) if read.tensors else None
+        look.read(read, ())
         look.record(Clip(math.inf, 2.0))
-        return read.finish(read.total_norm(2.0) if norm is None else norm, None)
+        return read.finish(read.total_norm(2.0) if look.norm is None else look.norm, None)
 
     def covers(self, parameters: Sequence[Tensor]) -> bool:
         """Whether one of some parameters is the model's."""
@@ -458,7 +458,7 @@ class _Look:
         self.nonfinite = 0
 
     def read(self, read: Gradients, options: tuple) -> None:
-        if read.tensors:
+        if not isinstance(read, gradients.Nothing):
             self.see(read, 2.0, options)
 
     def see(self, read: Gradients, norm_type: float, options: tuple) -> Tensor | None:
