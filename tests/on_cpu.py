@@ -111,10 +111,13 @@ def backend() -> ModuleType:
 
 
 @contextlib.contextmanager
-def use(multiprocessors: int = 2, blocks: int = 2, seed: int = 1, dropped_barrier: int = -1):
-    """Force the backend, on a device of so many multiprocessors with so many resident blocks each."""
+def use(blocks: int = 4, seed: int = 1, dropped_barrier: int = -1, wide: bool = True):
+    """Force the backend, on a device that runs so many blocks of a grid, which have to do the work of all.
+
+    Whether it is `wide`, with float64 at half the rate of float32, decides how norms are summed.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    library().cuda_on_cpu_configure(multiprocessors, blocks, seed, dropped_barrier)
+    library().cuda_on_cpu_configure(blocks, 2 if wide else 64, seed, dropped_barrier)
     token = _dispatch._chosen.set(backend())
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN
     try:

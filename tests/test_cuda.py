@@ -28,8 +28,9 @@ SHORT, LONG = 254, 2046
 
 @pytest.fixture(autouse=True)
 def cuda(request):
-    """Force the kernels, under a schedule of the test's own."""
-    with on_cpu.use(seed=zlib.crc32(request.node.name.encode())):
+    """Force the kernels, under a schedule and on one of the two kinds of device of the test's own."""
+    seed = zlib.crc32(request.node.name.encode())
+    with on_cpu.use(seed=seed, wide=seed % 2 == 0):
         yield
 
 
@@ -115,11 +116,13 @@ def test_order_zero_counts_tensors_and_not_chunks():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-52, -49])
-def test_squares_below_the_range_of_float32(dtype, exponent):
+@pytest.mark.parametrize("wide", [False, True])
+def test_squares_below_the_range_of_float32(dtype, exponent, wide):
     """One square within it and 65,535 below it, which float32 rounds by a third and more."""
     grad = torch.full((CHUNK,), 1.2 * 2.0**-75, dtype=dtype)
     grad[7] = 2.0**exponent
-    norm = fastclip.get_total_norm([grad], norm_dtype=torch.float64)
+    with on_cpu.use(wide=wide):
+        norm = fastclip.get_total_norm([grad], norm_dtype=torch.float64)
     reference.assert_norm(norm, reference.total_norm([grad]))
 
 
@@ -158,12 +161,14 @@ def everything(dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", reference.FLOATS)
 def test_any_grid_and_schedule_give_the_same_bits(dtype):
-    expected = everything(dtype)
-    for norm, norm_type in zip(expected, KINDS, strict=False):
-        reference.assert_norm(norm, reference.total_norm(of_many_chunks(dtype), norm_type))
-    for multiprocessors, blocks, seed in ((1, 1, 1), (3, 1, 2), (4, 8, 3)):
-        with on_cpu.use(multiprocessors, blocks, seed), reference.during(multiprocessors, blocks, seed):
-            reference.assert_bits(everything(dtype), expected)
+    for wide in (False, True):
+        with on_cpu.use(wide=wide):
+            expected = everything(dtype)
+        for norm, norm_type in zip(expected, KINDS, strict=False):
+            reference.assert_norm(norm, reference.total_norm(of_many_chunks(dtype), norm_type))
+        for blocks, seed in ((1, 1), (3, 2), (32, 3)):
+            with on_cpu.use(blocks, seed, wide=wide), reference.during(blocks, seed, wide):
+                reference.assert_bits(everything(dtype), expected)
 
 
 def test_every_barrier_is_needed():
@@ -174,7 +179,7 @@ def test_every_barrier_is_needed():
     for i, barrier in enumerate(barriers):
         noticed = False
         for seed in range(3):
-            with on_cpu.use(1, 1, seed, dropped_barrier=i):
+            with on_cpu.use(1, seed, dropped_barrier=i):
                 try:
                     reference.assert_bits(everything(torch.float32), expected)
                 except (AssertionError, RuntimeError):
@@ -190,8 +195,8 @@ def test_high_orders(ops):
 
 def check_any_grid(norm) -> None:
     norms = []
-    for multiprocessors, blocks in ((1, 1), (4, 8)):
-        with on_cpu.use(multiprocessors, blocks):
+    for blocks in (1, 32):
+        with on_cpu.use(blocks):
             norms.append(norm())
     assert torch.equal(*norms)
 
@@ -257,16 +262,24 @@ def test_chunks_in_tables(dtype, among):
 
 
 def test_launches():
-    """Three for 2,000 tensors of any dtypes; blocks for what there is to do, but no more than the device holds."""
-    grads = tiny(2_000)
-    on_cpu.launches()
-    with on_cpu.use(3, 2):
-        fastclip.clip_grad_norm_(parameters(grads), 1.0)
-        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(6, 256), (1, 1024), (6, 256)]
-        fastclip.get_total_norm(grads[:5])
-        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(5, 256), (1, 1024)]
-        fastclip.clip_grad_value_(parameters([torch.zeros(3 * CHUNK)]), 1.0)
-        assert [(launch.grid, launch.block) for launch in on_cpu.launches()] == [(3, 256)]
+    """A block for each chunk; two launches for 2,000 tensors of any dtypes, three where their partials are too many."""
+
+    def grids(call, *args):
+        on_cpu.launches()
+        call(*args)
+        return [(launch.grid, launch.block) for launch in on_cpu.launches()]
+
+    end = (1, 1024)
+    for wide, most in ((True, 2048), (False, 256)):
+        with on_cpu.use(wide=wide):
+            for chunks in (2, most, most + 1):
+                few = min(chunks, 2_000)
+                grads = [*tiny(few - 1), torch.zeros((chunks - few) * CHUNK + 1)]
+                every = (chunks, 256)
+                expected = [every, every] if chunks <= most else [every, end, every]
+                assert grids(fastclip.clip_grad_norm_, parameters(grads), 1.0) == expected
+    assert grids(fastclip.get_total_norm, grads[:5]) == [(5, 256), end]
+    assert grids(fastclip.clip_grad_value_, parameters([torch.zeros(3 * CHUNK)]), 1.0) == [(3, 256)]
 
 
 def test_what_overlaps_is_written_in_rounds():
@@ -283,9 +296,10 @@ def test_what_overlaps_is_written_in_rounds():
     assert len(on_cpu.launches()) == 3 + 4  # a table and a tensor with holes, the end of the norm, and the same rounds
 
 
-def test_tables_on_paper():
-    """Tensors of more than 2^31 elements, and more of them than fit into a table."""
-    program = on_cpu.build("tables", [on_cpu.HEADERS.parent / "tables.cpp"])
+@pytest.mark.parametrize("program", ["tables", "elements"])
+def test_on_paper(program):
+    """Tables of more than 2^31 elements; the order of a chunk's addresses, and clamping and squares bit by bit."""
+    program = on_cpu.build(program, [on_cpu.HEADERS.parent / f"{program}.cpp"])
     result = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -9,12 +9,20 @@
 #include <string>
 
 #include "chunk_table.h"
+#include "fused.cuh"
 #include "norm.cuh"
 #include "passes.h"
 #include "scale.cuh"
 
 namespace fastclip::cuda {
 namespace {
+
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+// Partials up to which each block of a clip combines them for itself instead of a launch that does. The blocks come in
+// waves of several hundred, each of which pays for it: little where float64 is fast.
+constexpr int64_t kMostFolded = 2048, kMostFoldedSlowly = 256;
+// Elements that a block writes of a tensor with holes.
+constexpr int64_t kStridedPiece = 16 * kThreads;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -32,15 +40,19 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-// Launches the blocks that the device holds at once, or fewer.
+// Launches a block for each piece of work: the hardware deals them out as multiprocessors become free, whatever else
+// runs there.
 template <class... Parameters, class... Given>
-void launch_persistent(const char* name, void (*kernel)(Parameters...), int64_t most_blocks, Queue queue,
-                       const Given&... arguments) {
-  int multiprocessors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, queue.device), name);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0), name);
-  const int64_t blocks = std::min(most_blocks, int64_t{multiprocessors} * resident);
-  launch(name, kernel, blocks, kThreads, queue, arguments...);
+void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t pieces, Queue queue,
+                   const Given&... arguments) {
+  launch(name, kernel, std::min(pieces, kMostBlocks), kThreads, queue, arguments...);
+}
+
+// Whether the device adds float64 at half the rate of float32.
+bool is_wide(Queue queue) {
+  int ratio = 0;
+  check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, queue.device), "is_wide");
+  return ratio == 2;
 }
 
 struct Layout {
@@ -54,6 +66,14 @@ struct Layout {
 
 enum class Walk { kForward, kBackward };
 
+// Calls launch(arguments), whose table is filled from `first` on.
+template <class OwnArguments, class AnyTable, class Launch>
+void with_table(const TensorViews& dense, size_t first, const Launch& launch) {
+  Arguments<OwnArguments, AnyTable> arguments;
+  arguments.table.fill(dense, first);
+  launch(arguments);
+}
+
 // Calls launch(arguments), whose table is filled, for each kernel that the dense tensors take.
 template <class OwnArguments, class Launch>
 void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
@@ -61,15 +81,10 @@ void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
   const size_t tables = (dense.size() + kCapacity - 1) / kCapacity;
   for (size_t t = 0; t < tables; ++t) {
     const size_t first = (walk == Walk::kForward ? t : tables - 1 - t) * kCapacity;
-    if (dense.size() - first <= ShortTable::kCapacity) {
-      Arguments<OwnArguments, ShortTable> arguments;
-      arguments.table.fill(dense, first);
-      launch(arguments);
-    } else {
-      Arguments<OwnArguments, LongTable> arguments;
-      arguments.table.fill(dense, first);
-      launch(arguments);
-    }
+    if (dense.size() - first <= ShortTable::kCapacity)
+      with_table<OwnArguments, ShortTable>(dense, first, launch);
+    else
+      with_table<OwnArguments, LongTable>(dense, first, launch);
   }
 }
 
@@ -78,18 +93,22 @@ void launch_norm(NormKind kind, bool are_norms, const Arguments<OwnArguments, An
   const uint32_t chunks = arguments.table.chunks;
   switch (kind) {
     case NormKind::kSquares:
-      return launch_persistent("norm_kernel<squares>", norm_kernel<NormPass::kSquares, AnyTable>, chunks, queue,
-                               arguments);
+      if (is_wide(queue))
+        return launch_blocks("norm_kernel<wide squares>", norm_kernel<NormPass::kWideSquares, AnyTable>, chunks, queue,
+                             arguments);
+      return launch_blocks("norm_kernel<squares>", norm_kernel<NormPass::kSquares, AnyTable>, chunks, queue, arguments);
     case NormKind::kAbs:
-      return launch_persistent("norm_kernel<abs>", norm_kernel<NormPass::kAbs, AnyTable>, chunks, queue, arguments);
+      if (is_wide(queue))
+        return launch_blocks("norm_kernel<wide abs>", norm_kernel<NormPass::kWideAbs, AnyTable>, chunks, queue,
+                             arguments);
+      return launch_blocks("norm_kernel<abs>", norm_kernel<NormPass::kAbs, AnyTable>, chunks, queue, arguments);
     case NormKind::kPow:
       if (are_norms)
-        return launch_persistent("norm_kernel<pow norm>", norm_kernel<NormPass::kPowNorm, AnyTable>, chunks, queue,
-                                 arguments);
-      return launch_persistent("norm_kernel<pow>", norm_kernel<NormPass::kPow, AnyTable>, chunks, queue, arguments);
+        return launch_blocks("norm_kernel<pow norm>", norm_kernel<NormPass::kPowNorm, AnyTable>, chunks, queue,
+                             arguments);
+      return launch_blocks("norm_kernel<pow>", norm_kernel<NormPass::kPow, AnyTable>, chunks, queue, arguments);
     default:
-      return launch_persistent("norm_kernel<extreme>", norm_kernel<NormPass::kExtreme, AnyTable>, chunks, queue,
-                               arguments);
+      return launch_blocks("norm_kernel<extreme>", norm_kernel<NormPass::kExtreme, AnyTable>, chunks, queue, arguments);
   }
 }
 
@@ -121,7 +140,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
   for (const TensorView* tensor : layout.strided) {
     const StridedNormArguments arguments{{next, norm_type}, kind, are_norms, StridedTable(*tensor)};
     const int64_t chunks = chunks_of(arguments.table);
-    launch_persistent("strided_norm_kernel", strided_norm_kernel, chunks, queue, arguments);
+    launch_blocks("strided_norm_kernel", strided_norm_kernel, chunks, queue, arguments);
     next += kind == NormKind::kCount ? 1 : chunks;
   }
   return next - partials;
@@ -130,12 +149,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
 // What is asked where nothing is clipped.
 Clip of_order(double norm_type) { return {0, norm_type, Nonfinite::kPropagate, {}, {}}; }
 
-// The norm of all tensors, and the coefficient where there is a place for it.
-void launch_total_norm(const TensorViews& tensors, const Clip& clip, double* partials, Number norm, double* clip_coef,
-                       Queue queue) {
-  const bool are_norms = powers_may_leave_float64(tensors, clip.norm_type);
-  const int64_t slots = launch_norms(Layout(tensors), clip.norm_type, are_norms, partials, queue);
-  const FinishArguments arguments{partials, slots, clip, norm, clip_coef, norm_kind(clip.norm_type)};
+void launch_finish(const FinishArguments& arguments, bool are_norms, Queue queue) {
   const auto kernel = are_norms ? finish_kernel<Finish::kCombineNorms> : finish_kernel<Finish::kRoot>;
   launch("finish_kernel", kernel, 1, kFinishThreads, queue, arguments);
 }
@@ -145,6 +159,26 @@ class Writes {
  public:
   explicit Writes(const TensorViews& tensors) {
     for (const TensorViews& round : write_rounds(tensors)) rounds_.emplace_back(round);
+  }
+
+  // Whether one launch writes it all, beside whose table there is room for the end of a norm.
+  bool are_one_launch() const {
+    if (rounds_.size() != 1 || !rounds_[0].strided.empty()) return false;
+    const size_t tensors = rounds_[0].dense.size();
+    return tensors > 0 && tensors <= FusedTable::kCapacity;
+  }
+
+  void clip(const FinishArguments& finish, Queue queue) {
+    const auto launch = [&](auto& arguments) {
+      using AnyTable = decltype(arguments.table);
+      arguments.own = finish;
+      launch_write("clip_kernel", clip_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
+    };
+    const TensorViews& dense = rounds_[0].dense;
+    if (dense.size() <= ShortTable::kCapacity)
+      with_table<FinishArguments, ShortTable>(dense, 0, launch);
+    else
+      with_table<FinishArguments, FusedTable>(dense, 0, launch);
   }
 
   void scale(ScaleArguments scale, Queue queue) {
@@ -202,7 +236,7 @@ class Writes {
   void write_strided(const TensorViews& strided, Write write, ScaleArguments scale, Bounds bounds, Queue queue) {
     for (const TensorView* tensor : strided) {
       const StridedWriteArguments arguments{write, scale, bounds, StridedTable(*tensor)};
-      const int64_t blocks = (tensor->numel + kThreads - 1) / kThreads;
+      const int64_t blocks = (tensor->numel + kStridedPiece - 1) / kStridedPiece;
       launch_write("strided_write_kernel", strided_write_kernel, blocks, queue, arguments);
     }
   }
@@ -210,7 +244,7 @@ class Writes {
   template <class... Given>
   void launch_write(const Given&... given) {
     try {
-      launch_persistent(given...);
+      launch_blocks(given...);
     } catch (const std::runtime_error& error) {
       if (queued_ == 0) throw;
       throw std::runtime_error(error.what() + std::string("; ") + std::to_string(queued_) +
@@ -241,7 +275,11 @@ void norm_partial(const std::vector<TensorView>& tensors, double norm_type, doub
 
 void total_norm(const std::vector<TensorView>& tensors, double norm_type, double* scratch, void* norm, Dtype dtype,
                 Queue queue) {
-  launch_total_norm(nonempty(tensors), of_order(norm_type), scratch + 1, {norm, dtype}, nullptr, queue);
+  const TensorViews views = nonempty(tensors);
+  const bool are_norms = powers_may_leave_float64(views, norm_type);
+  const int64_t slots = launch_norms(Layout(views), norm_type, are_norms, scratch + 1, queue);
+  launch_finish({scratch + 1, slots, of_order(norm_type), {norm, dtype}, nullptr, norm_kind(norm_type)}, are_norms,
+                queue);
 }
 
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue) {
@@ -264,7 +302,7 @@ void norms(const std::vector<TensorView>& tensors, double norm_type, double* scr
       for (count = 0; i < neighbours.size() && count < LongTable::kCapacity; ++i)
         arguments.ends[count++] = end += slots_of(*neighbours[i]);
       constexpr int kWarps = kThreads / kWarp;
-      launch_persistent("finish_each_kernel", finish_each_kernel, (count + kWarps - 1) / kWarps, queue, arguments);
+      launch_blocks("finish_each_kernel", finish_each_kernel, (count + kWarps - 1) / kWarps, queue, arguments);
       arguments.partials += end;
       arguments.norms += count;
     }
@@ -309,7 +347,12 @@ void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, do
   const TensorViews views = nonempty(tensors);
   Writes writes(views);
   if (clip.nonfinite == Nonfinite::kSanitize) writes.sanitize(queue);
-  launch_total_norm(views, clip, scratch + 1, norm, scratch, queue);
+  const bool are_norms = powers_may_leave_float64(views, clip.norm_type);
+  const int64_t slots = launch_norms(Layout(views), clip.norm_type, are_norms, scratch + 1, queue);
+  const FinishArguments finish{scratch + 1, slots, clip, norm, scratch, norm_kind(clip.norm_type)};
+  if (!are_norms && writes.are_one_launch() && slots <= (is_wide(queue) ? kMostFolded : kMostFoldedSlowly))
+    return writes.clip(finish, queue);
+  launch_finish(finish, are_norms, queue);
   writes.scale({scratch, clip.nonfinite == Nonfinite::kZero}, queue);
 }
 

@@ -23,20 +23,30 @@ __device__ double warp_reduce(double x, const Combine& combine) {
   return x;
 }
 
-// f(x, y) combines the values of all threads; every thread gets the result. All threads of the block have to call.
+// f(x, y) combines kEach values of each thread, as if each were that of a thread of a block kEach times as large; every
+// thread gets the result. All threads of the block have to call.
+template <int kBlock, int kEach, class Combine>
+__device__ double block_reduce(const double (&each)[kEach], const Combine& combine) {
+  constexpr int kWarps = kBlock / kWarp, kValues = kEach * kWarps;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  double* values = warp_values();
+  double of_warp[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) of_warp[i] = warp_reduce(each[i], combine);
+  __syncthreads();  // all have read what the call before left
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (lane == 0) values[i * kWarps + warp] = of_warp[i];
+  __syncthreads();
+  double x = values[lane % kValues];
+#pragma unroll
+  for (int mask = kValues / 2; mask > 0; mask /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
+}
 template <int kBlock, class Combine>
 __device__ double block_reduce(double x, const Combine& combine) {
-  constexpr int kWarps = kBlock / kWarp;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  x = warp_reduce(x, combine);
-  double* values = warp_values();
-  __syncthreads();  // all have read what the call before left
-  if (lane == 0) values[warp] = x;
-  __syncthreads();
-  x = values[lane % kWarps];
-#pragma unroll
-  for (int mask = kWarps / 2; mask > 0; mask /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, mask));
-  return x;
+  const double one[] = {x};
+  return block_reduce<kBlock>(one, combine);
 }
 
 }  // namespace fastclip::cuda

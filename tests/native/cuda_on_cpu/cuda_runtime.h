@@ -65,6 +65,28 @@ inline __half __ushort_as_half(unsigned short x) { return {x}; }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
+template <class T>
+struct PairOf {
+  T x, y;
+};
+using __half2 = PairOf<__half>;
+using __nv_bfloat162 = PairOf<__nv_bfloat16>;
+template <class T>
+unsigned __hlt2_mask(PairOf<T> a, PairOf<T> b) {
+  using fastclip::cpu::to_float;
+  return (to_float(a.x) < to_float(b.x) ? 0xffffu : 0u) | (to_float(a.y) < to_float(b.y) ? 0xffff0000u : 0u);
+}
+template <class T>
+unsigned __hgt2_mask(PairOf<T> a, PairOf<T> b) {
+  return __hlt2_mask(b, a);
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned out = 0;
+  for (unsigned i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
+
 // What -fsanitize=alignment calls, with a place in the source.
 struct SourceLocation {
   const char* file;
@@ -83,7 +105,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrSingleToDoublePrecisionPerfRatio = 87 };
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -103,7 +125,8 @@ struct Launch {
 };
 
 struct Device {
-  int multiprocessors = 2, blocks_per_multiprocessor = 2;
+  unsigned most_blocks = 4;  // of a grid; the rest of it is not there, and kernels find it with what is
+  int float64_ratio = 2;
   int calls_until_failure = -1;  // below zero: no call fails
   cudaError_t failure = cudaErrorLaunchFailure;
   cudaError_t last_error = cudaSuccess;
@@ -144,12 +167,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::device.last_error, cudaSuccess); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::device.multiprocessors;
-  return cuda_on_cpu::device.status();
-}
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
-  *blocks = cuda_on_cpu::device.blocks_per_multiprocessor;
+  *value = cuda_on_cpu::device.float64_ratio;
   return cuda_on_cpu::device.status();
 }
 template <class Kernel>
@@ -180,6 +198,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     Call* call = static_cast<Call*>(opaque);
     std::apply(call->first, call->second);
   };
-  cuda_on_cpu::simulator.run(grid.x, block.x, run_thread, &call);
+  cuda_on_cpu::simulator.run(std::min(grid.x, device.most_blocks), block.x, run_thread, &call);
   return cudaSuccess;
 }

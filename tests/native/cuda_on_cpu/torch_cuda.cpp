@@ -21,10 +21,9 @@ HIDDEN AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*
 }
 HIDDEN AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return --device_guards, 0; }
 
-EXPORT void cuda_on_cpu_configure(int multiprocessors, int blocks_per_multiprocessor, unsigned seed,
-                                  int dropped_barrier) {
-  device.multiprocessors = multiprocessors;
-  device.blocks_per_multiprocessor = blocks_per_multiprocessor;
+EXPORT void cuda_on_cpu_configure(unsigned most_blocks, int float64_ratio, unsigned seed, int dropped_barrier) {
+  device.most_blocks = most_blocks;
+  device.float64_ratio = float64_ratio;
   simulator.seed(seed);
   simulator.dropped_barrier =
       dropped_barrier < 0 ? nullptr : simulator.barriers().at(static_cast<size_t>(dropped_barrier));
