@@ -24,8 +24,8 @@ class Bounds(NamedTuple):
     """What a kernel promises: threads of a block, resident blocks, and loops that move 128 bits at once.
 
     `per_vector` is the most instructions that a loop of wide loads may take for each of them, without idle ones, and
-    `older` the same before sm_90, which compares 16-bit numbers one by one; `folds` is how many loops load eight partials
-    before they add one.
+    `older` the same before sm_90, which compares 16-bit numbers one by one; `folds` is how many loops load eight
+    partials before they add one.
     """
 
     threads: int
@@ -65,8 +65,6 @@ KERNELS = {
     "sanitize_kernel<": Bounds(256, 4, batches=4, stores=4),
     "strided_norm_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
-    "coef_kernel": Bounds(1024, 1),
-    "norm_coef_kernel": Bounds(1024, 1),
 }
 BATCH, FOLD = 4, 8
 OLDER = ("sm_75", "sm_80")

@@ -79,7 +79,7 @@ def test_dump_is_read():
 
 
 def at_the_bounds():
-    """Every kernel on every architecture, with as many registers and instructions, and as few batches, as is allowed."""
+    """Every kernel on every architecture, with as many registers and instructions and as few batches as it may."""
     codes = []
     for kernel, bounds in check_sass.KERNELS.items():
         for arch in check_sass.ARCHS:

@@ -48,9 +48,9 @@ struct Table {
 
 // Two sizes, because a launch copies all of its arguments.
 using ShortTable = Table<254>;
-using LongTable = Table<2046>;
+using LongTable = Table<2040>;
 
-// What a kernel takes: arguments of its own, 16 bytes or less beside the long table, and a table.
+// What a kernel takes: arguments of its own, up to 112 bytes, and a table.
 template <class OwnArguments, class AnyTable>
 struct Arguments {
   OwnArguments own;

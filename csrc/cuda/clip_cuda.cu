@@ -1,4 +1,4 @@
-// The launches: every pass is one kernel for up to 2,046 dense tensors of any dtypes, and one for each tensor with
+// The launches: every pass is one kernel for up to 2,040 dense tensors of any dtypes, and one for each tensor with
 // holes.
 #include <cuda_runtime.h>
 
@@ -51,7 +51,7 @@ void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t piec
 // Whether the device adds float64 at half the rate of float32.
 bool is_wide(Queue queue) {
   int ratio = 0;
-  check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, queue.device), "is_wide");
+  check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, queue.device), "cudaDeviceGetAttribute");
   return ratio == 2;
 }
 
@@ -66,14 +66,6 @@ struct Layout {
 
 enum class Walk { kForward, kBackward };
 
-// Calls launch(arguments), whose table is filled from `first` on.
-template <class OwnArguments, class AnyTable, class Launch>
-void with_table(const TensorViews& dense, size_t first, const Launch& launch) {
-  Arguments<OwnArguments, AnyTable> arguments;
-  arguments.table.fill(dense, first);
-  launch(arguments);
-}
-
 // Calls launch(arguments), whose table is filled, for each kernel that the dense tensors take.
 template <class OwnArguments, class Launch>
 void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
@@ -81,10 +73,15 @@ void for_each_table(const TensorViews& dense, Walk walk, const Launch& launch) {
   const size_t tables = (dense.size() + kCapacity - 1) / kCapacity;
   for (size_t t = 0; t < tables; ++t) {
     const size_t first = (walk == Walk::kForward ? t : tables - 1 - t) * kCapacity;
-    if (dense.size() - first <= ShortTable::kCapacity)
-      with_table<OwnArguments, ShortTable>(dense, first, launch);
-    else
-      with_table<OwnArguments, LongTable>(dense, first, launch);
+    if (dense.size() - first <= ShortTable::kCapacity) {
+      Arguments<OwnArguments, ShortTable> arguments;
+      arguments.table.fill(dense, first);
+      launch(arguments);
+    } else {
+      Arguments<OwnArguments, LongTable> arguments;
+      arguments.table.fill(dense, first);
+      launch(arguments);
+    }
   }
 }
 
@@ -154,6 +151,8 @@ void launch_finish(const FinishArguments& arguments, bool are_norms, Queue queue
   launch("finish_kernel", kernel, 1, kFinishThreads, queue, arguments);
 }
 
+ScaleArguments scaled_by(Number coef, bool zero) { return {coef.data, 0, coef.dtype, false, zero}; }
+
 // The launches that write tensors, in rounds.
 class Writes {
  public:
@@ -161,24 +160,19 @@ class Writes {
     for (const TensorViews& round : write_rounds(tensors)) rounds_.emplace_back(round);
   }
 
-  // Whether one launch writes it all, beside whose table there is room for the end of a norm.
+  // Whether one launch writes it all.
   bool are_one_launch() const {
     if (rounds_.size() != 1 || !rounds_[0].strided.empty()) return false;
     const size_t tensors = rounds_[0].dense.size();
-    return tensors > 0 && tensors <= FusedTable::kCapacity;
+    return tensors > 0 && tensors <= LongTable::kCapacity;
   }
 
   void clip(const FinishArguments& finish, Queue queue) {
-    const auto launch = [&](auto& arguments) {
+    for_each_table<FinishArguments>(rounds_[0].dense, Walk::kBackward, [&](auto& arguments) {
       using AnyTable = decltype(arguments.table);
       arguments.own = finish;
       launch_write("clip_kernel", clip_kernel<AnyTable>, arguments.table.chunks, queue, arguments);
-    };
-    const TensorViews& dense = rounds_[0].dense;
-    if (dense.size() <= ShortTable::kCapacity)
-      with_table<FinishArguments, ShortTable>(dense, 0, launch);
-    else
-      with_table<FinishArguments, FusedTable>(dense, 0, launch);
+    });
   }
 
   void scale(ScaleArguments scale, Queue queue) {
@@ -197,7 +191,7 @@ class Writes {
   void scale_each(const TensorView* first, const double* coefs, Queue queue) {
     for (const Layout& round : rounds_) {
       for_each_neighbours(round.strided, first, [&](const TensorViews& tensor, int64_t index) {
-        write_strided(tensor, Write::kScale, {coefs + index, false}, {}, queue);
+        write_strided(tensor, Write::kScale, scaled_by({const_cast<double*>(coefs + index)}, false), {}, queue);
       });
       for_each_neighbours(round.dense, first, [&](const TensorViews& tensors, int64_t index) {
         const double* next = coefs + index;
@@ -314,32 +308,20 @@ void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Que
   Writes(nonempty(tensors)).scale_each(tensors.data(), coefs, queue);
 }
 
-void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue) {
-  Writes writes(nonempty(tensors));
-  const double* clip_coef = static_cast<const double*>(coef.data);
-  if (coef.dtype != Dtype::kFloat64) {
-    clip_coef = scratch;
-    launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(coef.data), coef.dtype, 0.0);
-  }
-  writes.scale({clip_coef, zero}, queue);
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, Queue queue) {
+  Writes(nonempty(tensors)).scale(scaled_by(coef, zero), queue);
 }
 
 void sanitize(const std::vector<TensorView>& tensors, Queue queue) { Writes(nonempty(tensors)).sanitize(queue); }
 
-void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue) {
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi, Queue queue) {
   Writes writes(nonempty(tensors));
   if (lo == lo && hi == hi) return writes.clamp({lo, hi}, queue);
-  launch("coef_kernel", coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(nullptr), Dtype::kFloat64,
-         static_cast<double>(NAN));
-  writes.scale({scratch, false}, queue);
+  writes.scale({nullptr, NAN, Dtype::kFloat64, false, false}, queue);
 }
 
-void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch,
-                    Queue queue) {
-  Writes writes(nonempty(tensors));
-  launch("norm_coef_kernel", norm_coef_kernel, 1, 1, queue, scratch, static_cast<const void*>(norm.data), norm.dtype,
-         max_norm);
-  writes.scale({scratch, false}, queue);
+void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, Queue queue) {
+  Writes(nonempty(tensors)).scale({norm.data, max_norm, norm.dtype, true, false}, queue);
 }
 
 void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
@@ -353,7 +335,7 @@ void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, do
   if (!are_norms && writes.are_one_launch() && slots <= (is_wide(queue) ? kMostFolded : kMostFoldedSlowly))
     return writes.clip(finish, queue);
   launch_finish(finish, are_norms, queue);
-  writes.scale({scratch, clip.nonfinite == Nonfinite::kZero}, queue);
+  writes.scale(scaled_by({scratch}, clip.nonfinite == Nonfinite::kZero), queue);
 }
 
 const char* unsupported() {

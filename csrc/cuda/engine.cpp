@@ -24,19 +24,19 @@ class DeviceGuard {
 };
 
 // What a pass needs of torch for as long as it is queued: its device as the current one, that device's stream, and
-// memory of torch's allocator, which given back is used again on the same stream only.
+// memory of torch's allocator where it asks for some, which given back is used again on the same stream only.
 struct Call {
   const DeviceGuard guard;
-  const OwnedTensor memory;
-  double* const scratch;
+  OwnedTensor memory;
+  double* scratch = nullptr;
   Queue queue;
 
-  Call(Device device, int64_t scratch_size)
-      : guard(device.index),
-        memory(new_tensor(scratch_size, Dtype::kFloat64, device)),
-        scratch(static_cast<double*>(data_of(memory))),
-        queue{device.index, nullptr} {
+  explicit Call(Device device) : guard(device.index), queue{device.index, nullptr} {
     FASTCLIP_CALL(aoti_torch_get_current_cuda_stream, device.index, &queue.stream);
+  }
+  Call(Device device, int64_t scratch_size) : Call(device) {
+    memory = new_tensor(scratch_size, Dtype::kFloat64, device);
+    scratch = static_cast<double*>(data_of(memory));
   }
 };
 
@@ -55,24 +55,24 @@ constexpr Engine kEngine = {
       norms(tensors.views, norm_type, call.scratch, out, call.queue);
     },
     [](const Tensors& tensors, Number coef, bool zero) {
-      const Call call(tensors.device, 1);
-      scale(tensors.views, coef, zero, call.scratch, call.queue);
+      const Call call(tensors.device);
+      scale(tensors.views, coef, zero, call.queue);
     },
     [](const Tensors& tensors, const double* coefs) {
-      const Call call(tensors.device, 1);
+      const Call call(tensors.device);
       scale_each(tensors.views, coefs, call.queue);
     },
     [](const Tensors& tensors) {
-      const Call call(tensors.device, 1);
+      const Call call(tensors.device);
       sanitize(tensors.views, call.queue);
     },
     [](const Tensors& tensors, double max_norm, Number norm) {
-      const Call call(tensors.device, 1);
-      clip_with_norm(tensors.views, max_norm, norm, call.scratch, call.queue);
+      const Call call(tensors.device);
+      clip_with_norm(tensors.views, max_norm, norm, call.queue);
     },
     [](const Tensors& tensors, double low, double high) {
-      const Call call(tensors.device, 1);
-      clamp(tensors.views, low, high, call.scratch, call.queue);
+      const Call call(tensors.device);
+      clamp(tensors.views, low, high, call.queue);
     },
     [](const Tensors& tensors, const Clip& clip, Number norm) {
       const Call call(tensors.device, scratch_size(tensors.views));

@@ -32,7 +32,7 @@ void norms(const std::vector<TensorView>& tensors, double norm_type, double* scr
 
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
-void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue);
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, Queue queue);
 
 // The same with coefs[i] for tensor i.
 void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue);
@@ -42,10 +42,10 @@ void sanitize(const std::vector<TensorView>& tensors, Queue queue);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
 // The bounds have passed check_bound.
-void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue);
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi, Queue queue);
 
 // x *= clip_coef(*norm, max_norm), with the writes of scale.
-void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch, Queue queue);
+void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, Queue queue);
 
 // *norm = the norm of all that is asked for, then x *= clip_factor.
 void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,

@@ -15,6 +15,20 @@ static __device__ double* warp_values() {
   return values;
 }
 
+// What f() is in the first thread, for all threads of the block, which have to call, and once in a kernel: for
+// arithmetic that few GPUs are fast at.
+static __device__ double* first_value() {
+  __shared__ double value;
+  return &value;
+}
+template <class F>
+__device__ double in_first_thread(const F& f) {
+  double* value = first_value();
+  if (threadIdx.x == 0) *value = f();
+  __syncthreads();
+  return *value;
+}
+
 // f(x, y) combines the values of a warp; every thread gets the result.
 template <class Combine>
 __device__ double warp_reduce(double x, const Combine& combine) {

@@ -3,6 +3,7 @@
 
 #include "chunk_table.h"
 #include "element.cuh"
+#include "reduce.cuh"
 
 namespace fastclip::cuda {
 
@@ -122,10 +123,23 @@ __device__ void write_elements(const Run<E>& run, const Change& change) {
   for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
 }
 
+// A coefficient: `number`, or that of clipping a norm that it is to `value`, or `value` where there is none.
 struct ScaleArguments {
-  const double* clip_coef;
+  const void* number;
+  double value;
+  Dtype dtype;  // of the number
+  bool is_norm;
   bool zero;  // whether a coefficient of 0 makes zeros also of inf and NaN
 };
+
+// All threads of the block have to call.
+__device__ inline double coefficient(const ScaleArguments& arguments) {
+  return in_first_thread([&] {
+    const double number =
+        arguments.number == nullptr ? arguments.value : load_scalar(arguments.number, arguments.dtype);
+    return arguments.is_norm ? clip_coef(number, arguments.value) : number;
+  });
+}
 
 // x *= clip_coef for a chunk.
 __device__ inline void scale_chunk(const Chunk& chunk, double clip_coef, bool zero) {
@@ -152,7 +166,7 @@ __device__ void scale_chunks(const AnyTable& table, double clip_coef, bool zero)
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     scale_kernel(const __grid_constant__ Arguments<ScaleArguments, AnyTable> arguments) {
-  const double clip_coef = *arguments.own.clip_coef;
+  const double clip_coef = coefficient(arguments.own);
   if (clip_coef != 1) scale_chunks(arguments.table, clip_coef, arguments.own.zero);
 }
 
@@ -213,11 +227,11 @@ __device__ void write_strided(const StridedTable& table, const Change& change) {
 
 __global__ void __launch_bounds__(kThreads)
     strided_write_kernel(const __grid_constant__ StridedWriteArguments arguments) {
+  const double clip_coef = arguments.write == Write::kScale ? coefficient(arguments.scale) : 0;
   with_element(static_cast<Dtype>(arguments.table.dtype), [&](auto element) {
     using E = decltype(element);
     if (arguments.write == Write::kClamp) return write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
     if (arguments.write == Write::kSanitize) return write_strided<E>(arguments.table, Sanitize<E>());
-    const double clip_coef = *arguments.scale.clip_coef;
     if (is_below_float32(clip_coef))
       write_strided<E>(arguments.table, ScaleWide<E>{clip_coef});
     else if (arguments.scale.zero && clip_coef == 0)
@@ -225,16 +239,6 @@ __global__ void __launch_bounds__(kThreads)
     else if (const Scale<E> scale(clip_coef); scale.is_needed())
       write_strided<E>(arguments.table, scale);
   });
-}
-
-// The coefficient of the kernels above, from a number of any dtype or, where there is none, from `value`.
-__global__ void coef_kernel(double* clip_coef, const void* number, Dtype dtype, double value) {
-  *clip_coef = number != nullptr ? load_scalar(number, dtype) : value;
-}
-
-// The coefficient of a norm that is known.
-__global__ void norm_coef_kernel(double* coef, const void* norm, Dtype dtype, double max_norm) {
-  *coef = clip_coef(load_scalar(norm, dtype), max_norm);
 }
 
 }  // namespace fastclip::cuda

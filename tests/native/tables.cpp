@@ -107,7 +107,7 @@ int main() {
   std::vector<std::pair<int64_t, Dtype>> many;
   for (int64_t i = 0; i < 10000; ++i)
     many.push_back({1 + i * 37 % (3 * kChunkSize), static_cast<Dtype>(i % kNumDtypes)});
-  table<2046>(many);
+  table<2040>(many);
   table<254>(many);
   strided();
   small_strided();
