@@ -2,12 +2,15 @@
 // to the device and a CUDA graph replays it as it is.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "../clip.h"
+#ifndef __CUDACC_RTC__  // the device reads tables, and fills none
+#include <algorithm>
+
 #include "../views.h"
+#endif
 
 namespace fastclip::cuda {
 
@@ -31,6 +34,7 @@ struct Table {
   uint32_t chunks;
   Entry entries[kSize];
 
+#ifndef __CUDACC_RTC__
   // Takes the tensors from `first` on that fit; returns one past the last of them.
   size_t fill(const TensorViews& dense, size_t first) {
     const size_t end = std::min(dense.size(), first + kCapacity);
@@ -44,6 +48,7 @@ struct Table {
     }
     return end;
   }
+#endif
 };
 
 // Two sizes, because a launch copies all of its arguments.
@@ -119,6 +124,7 @@ struct StridedTable {
   Divisor by[kMostDims];  // the sizes
   Dim dim[kMostDims];     // outermost first
 
+#ifndef __CUDACC_RTC__
   explicit StridedTable(const TensorView& tensor)
       : data(tensor.data),
         numel(tensor.numel),
@@ -128,6 +134,7 @@ struct StridedTable {
     std::copy(tensor.dims->begin(), tensor.dims->end(), dim);
     for (int d = 0; is_small && d < dims; ++d) by[d] = Divisor(static_cast<uint32_t>(dim[d].size));
   }
+#endif
 };
 
 FASTCLIP_HD inline int64_t chunks_of(const StridedTable& table) { return (table.numel + kChunkSize - 1) / kChunkSize; }

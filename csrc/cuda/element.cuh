@@ -9,10 +9,10 @@
 #include <cstring>
 
 #include "../clip.h"
+#include "kernels.h"
 
 namespace fastclip::cuda {
 
-constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 
 template <Dtype kDtype>

@@ -2,11 +2,10 @@
 // functions.
 #include "../engine.h"
 
-#include <stdexcept>
-
 #include "../abi.h"
 #include "../entry.h"
 #include "passes.h"
+#include "runtime.h"
 
 namespace fastclip::cuda {
 namespace {
@@ -85,20 +84,21 @@ constexpr Engine kEngine = {
 
 using namespace fastclip;
 
-// The version of CUDA that the driver has to serve, as 1000 * major + 10 * minor.
-FASTCLIP_EXPORT int fastclip_cuda_runtime_version() { return cuda::runtime_version(); }
+// Called first: opens the driver's library, and starts nothing. Returns null, or why it cannot be used.
+FASTCLIP_EXPORT const char* fastclip_cuda_open_driver(const char* name) {
+  return error_of([&] { cuda::open_driver(name); });
+}
 
-// Called once after loading: registers the kernels for a namespace under a dispatch key. Returns null, or what went
-// wrong.
+// Called once after that: registers the kernels for a namespace under a dispatch key. Returns null, or what went wrong.
 FASTCLIP_EXPORT const char* fastclip_cuda_init(const char* ns, const char* key) {
   return error_of([&] { Ops<cuda::kEngine>::enroll(ns, key); });
 }
 
-// Why a device cannot run the kernels; null where it can.
+// Loads the kernels for a device. Returns null, or why it cannot run them.
 FASTCLIP_EXPORT const char* fastclip_cuda_unsupported(int device) {
   return error_of([&] {
     const cuda::DeviceGuard guard(device);
-    if (const char* reason = cuda::unsupported()) throw std::runtime_error(reason);
+    cuda::load_kernels(device);
   });
 }
 

@@ -3,11 +3,10 @@
 
 #include "chunk_table.h"
 #include "element.cuh"
+#include "kernels.h"
 #include "reduce.cuh"
 
 namespace fastclip::cuda {
-
-constexpr int kFinishThreads = 1024;
 
 // What a float32 sum of squares must reach so that those below float32's range cannot matter: 65,536 errors of 2^-150
 // are 2^-44 of it.
@@ -143,15 +142,6 @@ __device__ double powers_of(const Run<E>& run, double p, double unit) {
   return block_sum(sum);
 }
 
-struct NormArguments {
-  double* partials;
-  double p;
-};
-
-// kExtreme is max, min or count, by p: inf, -inf, 0. kPowNorm has the norms of chunks as partials. The wide ones sum in
-// float64 throughout, for GPUs that add it at half the rate of float32.
-enum class NormPass { kSquares, kAbs, kExtreme, kPow, kPowNorm, kWideSquares, kWideAbs };
-
 template <NormPass kPass, class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     norm_kernel(const __grid_constant__ Arguments<NormArguments, AnyTable> arguments) {
@@ -185,14 +175,6 @@ __global__ void __launch_bounds__(kThreads, 4)
       arguments.own.partials[chunk.tensor] = 1;
   }
 }
-
-// The same for one tensor with holes.
-struct StridedNormArguments {
-  NormArguments own;
-  NormKind kind;
-  bool are_norms;
-  StridedTable table;
-};
 
 // Calls f(bits) for a thread's share of chunk i.
 template <class E, class F>
@@ -249,18 +231,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct FinishArguments {
-  const double* partials;
-  int64_t slots;
-  Clip clip;
-  Number norm;
-  double* clip_coef;  // null: not asked for
-  NormKind kind;
-};
-
-// What becomes of the partials: their combination, the norm by its root, or the norm of kPow where they are norms.
-enum class Finish { kPartial, kRoot, kCombineNorms };
-
 // Combines partials in an order that no block's size changes: every 1,024th by a thread of the largest block, then the
 // threads. Eight loads are in flight before the first is used.
 template <int kBlock, NormKind kKind>
@@ -296,17 +266,6 @@ __device__ inline double combined_norms(double p, const double* norms, int64_t s
   sum = block_reduce<kFinishThreads>(sum, [](double a, double b) { return a + b; });
   return root_in(unit, sum, p);
 }
-
-// Tensors in a row of the list, each with its own slots.
-struct FinishEachArguments {
-  const double* partials;
-  double* norms;
-  double p;
-  uint32_t tensors;
-  NormKind kind;
-  bool are_norms;
-  uint32_t ends[LongTable::kCapacity];  // slots of a tensor and of all before it
-};
 
 // The norm of each tensor alone. A warp takes one at a time: most tensors have few slots.
 __global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_constant__ FinishEachArguments arguments) {

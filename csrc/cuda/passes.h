@@ -13,7 +13,7 @@ namespace fastclip::cuda {
 
 struct Queue {
   int device;
-  void* stream;  // cudaStream_t
+  void* stream;  // CUstream
 };
 
 // float64 numbers of scratch that a pass over the tensors takes.
@@ -50,10 +50,5 @@ void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Num
 // *norm = the norm of all that is asked for, then x *= clip_factor.
 void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
                     Queue queue);
-
-// Why the current device cannot run the kernels; null where it can.
-const char* unsupported();
-// The version of CUDA, as 1000 * major + 10 * minor, that the kernels are compiled for.
-int runtime_version();
 
 }  // namespace fastclip::cuda

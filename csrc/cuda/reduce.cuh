@@ -4,10 +4,9 @@
 #include <cuda_runtime.h>
 
 #include "../clip.h"
+#include "kernels.h"
 
 namespace fastclip::cuda {
-
-constexpr int kWarp = 32;
 
 // One value for each warp of the largest block.
 static __device__ double* warp_values() {

@@ -3,6 +3,7 @@
 
 #include "chunk_table.h"
 #include "element.cuh"
+#include "kernels.h"
 #include "reduce.cuh"
 
 namespace fastclip::cuda {
@@ -54,9 +55,6 @@ struct Sanitize {
 
 // What clamping does to an element: a NaN stays, and only what is out of bounds changes. Bounds are rounded to the
 // dtype of the tensor first, as torch does; all becomes the upper one where it is below the lower.
-struct Bounds {
-  double low, high;
-};
 template <class E>
 struct Clamp {
   using Storage = typename E::Storage;
@@ -123,15 +121,6 @@ __device__ void write_elements(const Run<E>& run, const Change& change) {
   for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
 }
 
-// A coefficient: `number`, or that of clipping a norm that it is to `value`, or `value` where there is none.
-struct ScaleArguments {
-  const void* number;
-  double value;
-  Dtype dtype;  // of the number
-  bool is_norm;
-  bool zero;  // whether a coefficient of 0 makes zeros also of inf and NaN
-};
-
 // All threads of the block have to call.
 __device__ inline double coefficient(const ScaleArguments& arguments) {
   return in_first_thread([&] {
@@ -193,8 +182,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-struct SanitizeArguments {};
-
 template <class AnyTable>
 __global__ void __launch_bounds__(kThreads, 4)
     sanitize_kernel(const __grid_constant__ Arguments<SanitizeArguments, AnyTable> arguments) {
@@ -206,15 +193,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     });
   }
 }
-
-// The same for one tensor with holes.
-enum class Write : uint8_t { kScale, kClamp, kSanitize };
-struct StridedWriteArguments {
-  Write write;
-  ScaleArguments scale;
-  Bounds bounds;
-  StridedTable table;
-};
 
 template <class E, class Change>
 __device__ void write_strided(const StridedTable& table, const Change& change) {

@@ -1,7 +1,5 @@
 // The launches: every pass is one kernel for up to 2,040 dense tensors of any dtypes, and one for each tensor with
 // holes.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,10 +7,9 @@
 #include <string>
 
 #include "chunk_table.h"
-#include "fused.cuh"
-#include "norm.cuh"
+#include "kernels.h"
 #include "passes.h"
-#include "scale.cuh"
+#include "runtime.h"
 
 namespace fastclip::cuda {
 namespace {
@@ -24,35 +21,80 @@ constexpr int64_t kMostFolded = 2048, kMostFoldedSlowly = 256;
 // Elements that a block writes of a tensor with holes.
 constexpr int64_t kStridedPiece = 16 * kThreads;
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // the next call starts afresh
-  throw std::runtime_error(std::string("fastclip: ") + what + ": " + cudaGetErrorString(error));
-}
+// A row of kernels.def.
+struct Row {
+  const char* name;
+  int value;     // of the template argument that is one, -1 where none is
+  int capacity;  // of the table in the template's arguments, 0 where there is none
 
-template <class... Parameters, class... Given>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, Queue queue,
-            const Given&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(queue.stream);
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+  constexpr bool operator==(const Row& other) const {
+    const char *a = name, *b = other.name;
+    while (*a != 0 && *a == *b) ++a, ++b;
+    return *a == *b && value == other.value && capacity == other.capacity;
+  }
+};
+constexpr Row row(const char* name) { return {name, -1, 0}; }
+template <class AnyTable>
+constexpr Row row(const char* name) {
+  return {name, -1, AnyTable::kCapacity};
+}
+template <auto kValue>
+constexpr Row row(const char* name) {
+  return {name, static_cast<int>(kValue), 0};
+}
+template <auto kValue, class AnyTable>
+constexpr Row row(const char* name) {
+  return {name, static_cast<int>(kValue), AnyTable::kCapacity};
+}
+#define KERNEL(name) row(#name),
+#define KERNEL_OF(name, ...) row<__VA_ARGS__>(#name),
+constexpr Row kRows[] = {
+#include "kernels.def"
+};
+#undef KERNEL
+#undef KERNEL_OF
+
+// A kernel by its place in kernels.def, and what it takes.
+template <class Parameter>
+struct Kernel {
+  int place = 0;
+
+  constexpr explicit Kernel(const Row& wanted) {
+    while (!(kRows[place] == wanted)) ++place;  // does not compile where the row is missing
+  }
+};
+
+template <NormPass kPass, class AnyTable>
+constexpr Kernel<Arguments<NormArguments, AnyTable>> norm_kernel{row<kPass, AnyTable>("norm_kernel")};
+constexpr Kernel<StridedNormArguments> strided_norm_kernel{row("strided_norm_kernel")};
+template <Finish kFinish>
+constexpr Kernel<FinishArguments> finish_kernel{row<kFinish>("finish_kernel")};
+constexpr Kernel<FinishEachArguments> finish_each_kernel{row("finish_each_kernel")};
+template <class AnyTable>
+constexpr Kernel<Arguments<ScaleArguments, AnyTable>> scale_kernel{row<AnyTable>("scale_kernel")};
+template <class AnyTable>
+constexpr Kernel<Arguments<const double*, AnyTable>> scale_each_kernel{row<AnyTable>("scale_each_kernel")};
+template <class AnyTable>
+constexpr Kernel<Arguments<FinishArguments, AnyTable>> clip_kernel{row<AnyTable>("clip_kernel")};
+template <class AnyTable>
+constexpr Kernel<Arguments<Bounds, AnyTable>> clamp_kernel{row<AnyTable>("clamp_kernel")};
+template <class AnyTable>
+constexpr Kernel<Arguments<SanitizeArguments, AnyTable>> sanitize_kernel{row<AnyTable>("sanitize_kernel")};
+constexpr Kernel<StridedWriteArguments> strided_write_kernel{row("strided_write_kernel")};
+
+template <class Parameter>
+void launch(const char* name, Kernel<Parameter> kernel, int64_t blocks, int threads, Queue queue,
+            const Parameter& arguments) {
+  void* parameters[] = {const_cast<Parameter*>(&arguments)};  // which the driver copies
+  launch_kernel(name, kernel.place, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), parameters, queue);
 }
 
 // Launches a block for each piece of work: the hardware deals them out as multiprocessors become free, whatever else
 // runs there.
-template <class... Parameters, class... Given>
-void launch_blocks(const char* name, void (*kernel)(Parameters...), int64_t pieces, Queue queue,
-                   const Given&... arguments) {
-  launch(name, kernel, std::min(pieces, kMostBlocks), kThreads, queue, arguments...);
-}
-
-// Whether the device adds float64 at half the rate of float32.
-bool is_wide(Queue queue) {
-  int ratio = 0;
-  check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, queue.device), "cudaDeviceGetAttribute");
-  return ratio == 2;
+template <class Parameter>
+void launch_blocks(const char* name, Kernel<Parameter> kernel, int64_t pieces, Queue queue,
+                   const Parameter& arguments) {
+  launch(name, kernel, std::min(pieces, kMostBlocks), kThreads, queue, arguments);
 }
 
 struct Layout {
@@ -90,12 +132,12 @@ void launch_norm(NormKind kind, bool are_norms, const Arguments<OwnArguments, An
   const uint32_t chunks = arguments.table.chunks;
   switch (kind) {
     case NormKind::kSquares:
-      if (is_wide(queue))
+      if (has_fast_float64(queue))
         return launch_blocks("norm_kernel<wide squares>", norm_kernel<NormPass::kWideSquares, AnyTable>, chunks, queue,
                              arguments);
       return launch_blocks("norm_kernel<squares>", norm_kernel<NormPass::kSquares, AnyTable>, chunks, queue, arguments);
     case NormKind::kAbs:
-      if (is_wide(queue))
+      if (has_fast_float64(queue))
         return launch_blocks("norm_kernel<wide abs>", norm_kernel<NormPass::kWideAbs, AnyTable>, chunks, queue,
                              arguments);
       return launch_blocks("norm_kernel<abs>", norm_kernel<NormPass::kAbs, AnyTable>, chunks, queue, arguments);
@@ -126,7 +168,7 @@ int64_t launch_norms(const Layout& layout, double norm_type, bool are_norms, dou
   const NormKind kind = norm_kind(norm_type);
   if (kind == NormKind::kCount) {
     const size_t bytes = (layout.dense.size() + layout.strided.size()) * sizeof(double);
-    check(cudaMemsetAsync(partials, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "cudaMemsetAsync");
+    set_zero(partials, bytes, queue);
   }
   double* next = partials;
   for_each_table<NormArguments>(layout.dense, Walk::kForward, [&](auto& arguments) {
@@ -280,9 +322,8 @@ void norms(const std::vector<TensorView>& tensors, double norm_type, double* scr
   const TensorViews views = nonempty(tensors);
   const NormKind kind = norm_kind(norm_type);
   const bool are_norms = powers_may_leave_float64(views, norm_type);
-  const auto stream = static_cast<cudaStream_t>(queue.stream);
   if (views.size() < tensors.size())  // of no elements the norm is 0
-    check(cudaMemsetAsync(norms, 0, tensors.size() * sizeof(double), stream), "cudaMemsetAsync");
+    set_zero(norms, tensors.size() * sizeof(double), queue);
   const auto slots_of = [kind](const TensorView& tensor) {
     return kind == NormKind::kCount ? 1 : static_cast<uint32_t>((tensor.numel + kChunkSize - 1) / kChunkSize);
   };
@@ -332,20 +373,10 @@ void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, do
   const bool are_norms = powers_may_leave_float64(views, clip.norm_type);
   const int64_t slots = launch_norms(Layout(views), clip.norm_type, are_norms, scratch + 1, queue);
   const FinishArguments finish{scratch + 1, slots, clip, norm, scratch, norm_kind(clip.norm_type)};
-  if (!are_norms && writes.are_one_launch() && slots <= (is_wide(queue) ? kMostFolded : kMostFoldedSlowly))
+  if (!are_norms && writes.are_one_launch() && slots <= (has_fast_float64(queue) ? kMostFolded : kMostFoldedSlowly))
     return writes.clip(finish, queue);
   launch_finish(finish, are_norms, queue);
   writes.scale(scaled_by({scratch}, clip.nonfinite == Nonfinite::kZero), queue);
 }
-
-const char* unsupported() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<Finish::kRoot>);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
-}
-
-int runtime_version() { return CUDART_VERSION; }
 
 }  // namespace fastclip::cuda
