@@ -151,6 +151,16 @@ def test_the_deadline(run):
     assert code == 1
 
 
+def test_sweep(run):
+    """Each way of building has its rows, and leaves no copy."""
+    code, output = run("sweep", do="FASTCLIP_UNROLL 1")
+    assert code == 0, output
+    names = sorted(path.name for path in run.results.glob("sweep-*.json"))
+    assert len(names) == run.calls().count("build_ext") == 6
+    assert "sweep-THREADS=512-UNROLL=2.json" in names
+    assert list((run.results / "sweep").iterdir()) == []
+
+
 def test_wrong_part_and_no_gpu(run):
     assert run("tests")[0] == 2
     code, output = run("build", NO_GPU="1")
