@@ -351,11 +351,10 @@ def test_on_paper(program):
 
 
 @pytest.mark.parametrize("count", [2, 300])
-def test_failing_calls_of_the_runtime(count, fence):
+def test_failing_launches(count, fence):
     """Each is an error that names what failed; nothing is written, and the next call is none the worse."""
     grads = tiny(count)
     before = fence(grads)
-    asked = "cudaDeviceGetAttribute"
     errors = []
     with on_cpu.use(wide=False):
         for calls in itertools.count():
@@ -368,7 +367,7 @@ def test_failing_calls_of_the_runtime(count, fence):
             else:
                 break
     kernels = ("clip_kernel",) if count == 2 else ("finish_kernel", "scale_kernel")
-    failed = (asked, "norm_kernel<squares>", asked, *kernels)
+    failed = ("norm_kernel<squares>", *kernels)
     assert errors == [f"fastclip: {what}: unspecified launch failure" for what in failed]
     assert not before.unchanged()
 
@@ -420,13 +419,6 @@ def test_what_is_refused(ops, fence):
         ops.clip_grad_norm_(grads, 0.1, 2.0, dtype=torch.int64)
     assert before.unchanged()
     assert [g._version for g in grads] == versions
-
-
-def test_a_device_that_the_kernels_are_not_compiled_for():
-    assert on_cpu.library().fastclip_cuda_unsupported(0) is None
-    with on_cpu.failing(0, 209):
-        assert b"no kernel image is available" in on_cpu.library().fastclip_cuda_unsupported(0)
-    assert on_cpu.library().fastclip_cuda_unsupported(0) is None
 
 
 # The ops
@@ -493,7 +485,7 @@ def test_plain(ops, fence):
     reference.assert_bits([*norms, *ours], [*expected, *theirs])
     assert [g._version for g in ours] == [v + 6 for v in versions]
     before = fence(ours)
-    with on_cpu.failing(1), pytest.raises(RuntimeError, match=r"norm_kernel<.*squares>: unspecified launch failure"):
+    with on_cpu.failing(0), pytest.raises(RuntimeError, match=r"norm_kernel<.*squares>: unspecified launch failure"):
         fastclip.clip_grad_norm_(parameters(ours), 0.01)
     with on_cpu.failing(0), pytest.raises(RuntimeError, match="clamp_kernel: unspecified launch failure"):
         fastclip.clip_grad_value_(parameters(ours), 0.01)

@@ -50,7 +50,6 @@ struct DeviceState {
   CUdevice handle = 0;
   CUcontext primary = nullptr;  // retained until the process ends, as the CUDA runtime does
   const Code* code = nullptr;   // null until all kernels are loaded
-  bool has_fast_float64 = false;
 };
 
 std::mutex mutex;
@@ -140,9 +139,7 @@ DeviceState& loaded(int index) {
   FASTCLIP_DRIVER_CALL(cuDeviceGet, &device.handle, index);
   const int major = attribute(device.handle, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
   const int minor = attribute(device.handle, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-  const int ratio = attribute(device.handle, CU_DEVICE_ATTRIBUTE_SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO);
   const Image& image = image_for(10 * major + minor);
-  device.has_fast_float64 = ratio == 2;
   const Current current(device);
   const RelaxedCapture relaxed;
   const Code& code = code_of(image);
@@ -180,7 +177,9 @@ void open_driver(const char* name) {
 
 void load_kernels(int device) { loaded(device); }
 
-bool has_fast_float64(Queue queue) { return loaded(queue.device).has_fast_float64; }
+bool has_fast_float64(Queue queue) {
+  return attribute(loaded(queue.device).handle, CU_DEVICE_ATTRIBUTE_SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO) == 2;
+}
 
 void launch_kernel(const char* name, int kernel, unsigned blocks, unsigned threads, void** parameters, Queue queue) {
   DeviceState& device = loaded(queue.device);

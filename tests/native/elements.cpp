@@ -43,8 +43,7 @@ void walks() {
        {0, 1, kThreads - 1, kThreads, kThreads + 1, kBatch - 1, kBatch, kBatch + 1, 3 * kBatch + 300, kChunkSize / 8}) {
     for (const bool backwards : {false, true}) {
       std::vector<int64_t> seen[kThreads];
-      const cudaLaunchConfig_t config{dim3(1), dim3(kThreads), 0, nullptr};
-      check(cudaLaunchKernelEx(&config, walk_kernel, data, vectors * 8, backwards, +seen) == cudaSuccess, "launch", 0);
+      cuda_on_cpu::run(1, kThreads, walk_kernel, {data, vectors * 8, backwards, +seen});
       std::set<int64_t> all;
       for (int t = 0; t < kThreads; ++t) {
         const int64_t mine = (vectors - t + kThreads - 1) / kThreads, whole = mine / 4 * 4;
