@@ -236,8 +236,15 @@ def cpu_isa() -> str | None:
     return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()
 
 
-@functools.cache
+_supported: set[int] = set()
+
+
 def cuda_unsupported(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on a device; None where they can."""
+    """Why the CUDA kernels cannot run on a device; None where they can. A reason is not kept: it may pass."""
+    if device in _supported:
+        return None
     reason = cuda_library.fastclip_cuda_unsupported(device)
-    return None if reason is None else reason.decode()
+    if reason is None:
+        _supported.add(device)
+        return None
+    return reason.decode()

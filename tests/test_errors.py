@@ -320,6 +320,15 @@ def test_when_the_cuda_library_is_used(monkeypatch, cuda, built, driver, reason)
         assert not library.registered
 
 
+def test_a_reason_that_passes_is_forgotten(monkeypatch):
+    """Memory that was short when the kernels were loaded, say; that a device can run them is asked once."""
+    answers, library = [b"out of memory", None], CudaLibrary()
+    library.fastclip_cuda_unsupported = lambda device: answers.pop(0)
+    monkeypatch.setattr(_ops, "cuda_library", library)
+    monkeypatch.setattr(_ops, "_supported", set())
+    assert [_ops.cuda_unsupported(3) for _ in range(4)] == ["out of memory", None, None, None]
+
+
 @pytest.mark.parametrize("devices", [0, 1])
 def test_a_driver_without_a_device_is_a_reason(monkeypatch, devices):
     """A container without the device, or CUDA_VISIBLE_DEVICES="": the library is loaded, and has nothing to run on."""
