@@ -11,7 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -20,12 +22,16 @@ PTX = "sm_80"
 WIDE = ("sm_80", "sm_90", "sm_100")
 
 
+def of_older(*most: float) -> Mapping[str, float]:
+    return dict(zip(("sm_75", "sm_80"), most, strict=False))
+
+
 class Bounds(NamedTuple):
     """What a kernel promises: threads of a block, resident blocks, and loops that move 128 bits at once.
 
     `per_vector` is the most instructions that a loop of wide loads may take for each of them, without idle ones, and
-    `older` the same before sm_90, which compares 16-bit numbers one by one; `folds` is how many loops load eight
-    partials before they add one.
+    `older` the same where it is another: pairs of bf16 are compared from sm_90 on, and rounded from sm_80 on; `folds`
+    is how many loops load eight partials before they add one.
     """
 
     threads: int
@@ -33,7 +39,7 @@ class Bounds(NamedTuple):
     batches: int = 0
     stores: int = 0
     per_vector: float = 0
-    older: float = 0
+    older: Mapping[str, float] = MappingProxyType({})
     folds: int = 0
     archs: tuple[str, ...] = ARCHS
 
@@ -47,10 +53,10 @@ class Bounds(NamedTuple):
 KERNELS = {
     "norm_kernel<(NormPass)0": Bounds(256, 4, batches=4, per_vector=76),  # squares
     "norm_kernel<(NormPass)1": Bounds(256, 4, batches=4, per_vector=76),  # magnitudes
-    "norm_kernel<(NormPass)2": Bounds(256, 4, batches=4, per_vector=32, older=50),  # extremes
+    "norm_kernel<(NormPass)2": Bounds(256, 4, batches=4, per_vector=32, older=of_older(50, 50)),  # extremes
     "norm_kernel<(NormPass)3": Bounds(256, 4),  # powers: log2 and exp2 take longer than loads of single elements
     "norm_kernel<(NormPass)4": Bounds(
-        256, 4, batches=4, per_vector=32, older=50
+        256, 4, batches=4, per_vector=32, older=of_older(50, 50)
     ),  # powers in a unit, which is an extreme
     "norm_kernel<(NormPass)5": Bounds(256, 4, batches=4, per_vector=34, archs=WIDE),  # squares in float64
     "norm_kernel<(NormPass)6": Bounds(256, 4, batches=4, per_vector=34, archs=WIDE),  # magnitudes in float64
@@ -58,16 +64,15 @@ KERNELS = {
     "finish_kernel<(Finish)1": Bounds(1024, 1, folds=3),
     "finish_kernel<(Finish)2": Bounds(1024, 1, folds=2),  # the unit of powers: max, min
     "finish_each_kernel": Bounds(256, 1),
-    "clip_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31, folds=3),
-    "scale_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31),
-    "scale_each_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31),
-    "clamp_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=26, older=54),
+    "clip_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31, older=of_older(130), folds=3),
+    "scale_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31, older=of_older(130)),
+    "scale_each_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31, older=of_older(130)),
+    "clamp_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=26, older=of_older(54, 54)),
     "sanitize_kernel<": Bounds(256, 4, batches=4, stores=4),
     "strided_norm_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
 }
 BATCH, FOLD = 4, 8
-OLDER = ("sm_75", "sm_80")
 
 
 class Code(NamedTuple):
@@ -181,7 +186,7 @@ def errors(codes: list[Code], names: list[str], ptx: set[str]):
             yield f"{where}: {code.batches} batches of wide loads, expected {bounds.batches}"
         if code.folds < bounds.folds:
             yield f"{where}: {code.folds} batches of {FOLD} loads of partials, expected {bounds.folds}"
-        most = (code.arch in OLDER and bounds.older) or bounds.per_vector
+        most = bounds.older.get(code.arch, bounds.per_vector)
         if most and code.per_vector > most:
             yield f"{where}: {code.per_vector:.1f} instructions for each wide load, at most {most} were expected"
         if code.stores < bounds.stores:

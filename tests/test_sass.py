@@ -83,7 +83,7 @@ def at_the_bounds():
     codes = []
     for kernel, bounds in check_sass.KERNELS.items():
         for arch in check_sass.ARCHS:
-            most = bounds.older if arch in check_sass.OLDER and bounds.older else bounds.per_vector
+            most = bounds.older.get(arch, bounds.per_vector)
             loops = bounds.batches, bounds.stores, most, bounds.folds
             codes.append(check_sass.Code(kernel, arch, bounds.registers, 0, *loops, 0, 0, 0))
     return codes
@@ -131,7 +131,7 @@ def test_bounds_of_some_architectures():
         return [code._replace(**fields) if code[:2] == (kernel, arch) else code for code in at_the_bounds()]
 
     assert errors(changed(WIDE_SQUARES, "sm_120", batches=3)) == []
-    most = check_sass.KERNELS[CLAMP].older
+    most = check_sass.KERNELS[CLAMP].older["sm_80"]
     assert errors(changed(CLAMP, "sm_80", per_vector=most)) == []
     assert len(errors(changed(CLAMP, "sm_80", per_vector=most + 1))) == 1
     assert len(errors(changed(CLAMP, "sm_90", per_vector=most))) == 1

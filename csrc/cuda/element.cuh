@@ -11,6 +11,11 @@
 #include "../clip.h"
 #include "kernels.h"
 
+// Other values are for .ci/gpu sweep.
+#ifndef FASTCLIP_UNROLL
+#define FASTCLIP_UNROLL 4
+#endif
+
 namespace fastclip::cuda {
 
 constexpr int kVectorBytes = 16;
@@ -201,7 +206,7 @@ struct Run {
   }
 
  private:
-  static constexpr int kUnroll = 4, kBatch = kUnroll * kThreads;
+  static constexpr int kUnroll = FASTCLIP_UNROLL, kBatch = kUnroll * kThreads;
 
   template <class F>
   __device__ void batch(int i, const F& f) const {

@@ -7,7 +7,7 @@
 namespace fastclip::cuda {
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     clip_kernel(const __grid_constant__ Arguments<FinishArguments, AnyTable> arguments) {
   const FinishArguments& finish = arguments.own;
   const double partial = combined<kThreads>(finish.kind, finish.partials, finish.slots);

@@ -4,10 +4,16 @@
 
 #include "chunk_table.h"
 
+// Other values are for .ci/gpu sweep.
+#ifndef FASTCLIP_THREADS
+#define FASTCLIP_THREADS 256
+#endif
+
 namespace fastclip::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;
+constexpr int kThreads = FASTCLIP_THREADS;
+constexpr int kBlocks = 1024 / kThreads;  // that a multiprocessor has to hold
 constexpr int kFinishThreads = 1024;
 
 struct NormArguments {

@@ -11,10 +11,15 @@
 #include "passes.h"
 #include "runtime.h"
 
+// What a grid may have; other values are for .ci/gpu sweep.
+#ifndef FASTCLIP_MOST_BLOCKS
+#define FASTCLIP_MOST_BLOCKS 0x7fffffff
+#endif
+
 namespace fastclip::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostBlocks = FASTCLIP_MOST_BLOCKS;
 // Partials up to which each block of a clip combines them for itself instead of a launch that does. The blocks come in
 // waves of several hundred, each of which pays for it: little where float64 is fast.
 constexpr int64_t kMostFolded = 2048, kMostFoldedSlowly = 256;

@@ -143,7 +143,7 @@ __device__ double powers_of(const Run<E>& run, double p, double unit) {
 }
 
 template <NormPass kPass, class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     norm_kernel(const __grid_constant__ Arguments<NormArguments, AnyTable> arguments) {
   const double p = arguments.own.p;
   const NormKind kind = p == 0 ? NormKind::kCount : p > 0 ? NormKind::kMax : NormKind::kMin;

@@ -153,7 +153,7 @@ __device__ void scale_chunks(const AnyTable& table, double clip_coef, bool zero)
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scale_kernel(const __grid_constant__ Arguments<ScaleArguments, AnyTable> arguments) {
   const double clip_coef = coefficient(arguments.own);
   if (clip_coef != 1) scale_chunks(arguments.table, clip_coef, arguments.own.zero);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // The same with a coefficient for each tensor of the table.
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scale_each_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     clamp_kernel(const __grid_constant__ Arguments<Bounds, AnyTable> arguments) {
   for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, i);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sanitize_kernel(const __grid_constant__ Arguments<SanitizeArguments, AnyTable> arguments) {
   for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, i);
