@@ -19,6 +19,10 @@ from cases import parameters
 from fastclip import _ops
 
 pytestmark = pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_cpu.unavailable()))
+# What was built beside the package, or another that is to be tested.
+SHIPPED = Path(
+    os.environ.get("FASTCLIP_TEST_CUDA_LIBRARY") or Path(fastclip.__file__).with_name("libfastclip_cuda.so")
+)
 LOADING = (
     *("cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuCtxGetCurrent", "cuDevicePrimaryCtxRetain"),
     *("cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel"),
@@ -196,14 +200,13 @@ for grad, clipped in zip(grads, ours):
 """
 
 
-@pytest.mark.skipif(not Path(fastclip.__file__).with_name("libfastclip_cuda.so").exists(), reason="built without CUDA")
+@pytest.mark.skipif(not SHIPPED.exists(), reason="built without CUDA")
 @pytest.mark.parametrize(("arch", "loaded"), [(75, 75), (90, 90), (110, 1090)])
 def test_the_library_that_was_built(arch, loaded):
     """It finds the kernels by the names that NVRTC gave them, and launches them with what they take."""
     functions = on_cpu.build("torch_cuda", [on_cpu.HEADERS / "torch_cuda.cpp"], *on_cpu.TORCH, flags=())
     on_cpu.driver()
-    built = Path(fastclip.__file__).with_name("libfastclip_cuda.so")
-    command = [sys.executable, "-c", PROGRAM, functions, built, str(arch), str(loaded)]
+    command = [sys.executable, "-c", PROGRAM, functions, SHIPPED, str(arch), str(loaded)]
     environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(fastclip.__file__).parents[1]}"}
     environment |= {name: value for name, value in os.environ.items() if name not in environment}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
