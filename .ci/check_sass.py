@@ -9,15 +9,19 @@ import importlib.util
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-PTX = "sm_80"
+ARCHS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+PTX = "sm_90"
+GPU = 190  # EM_CUDA
 # Those that add float64 at half the rate of float32; the others never run the kernels that count on it.
 WIDE = ("sm_80", "sm_90", "sm_100")
 
@@ -131,21 +135,36 @@ def most_per_vector(sass: str) -> float:
     return max(found)
 
 
-def parse(dump: str) -> tuple[list[Code], set[str]]:
-    """The kernels that `cuobjdump -sass -res-usage` shows, and the architectures that there is PTX for."""
-    codes = []
-    for section in re.split(r"^Fatbin elf code:$", dump, flags=re.MULTILINE)[1:]:
-        arch = re.search(r"^arch = (\S+)$", section, re.MULTILINE)[1]
-        lines = dict(re.findall(r"^ *Function (\S+):\n +(REG:.*)$", section, re.MULTILINE))
-        _, *functions = re.split(r"^\s*Function : (\S+)$", section, flags=re.MULTILINE)
-        for name, sass in zip(functions[::2], functions[1::2], strict=True):
-            usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", lines[name])}
-            loops = count_batches(sass), len(WIDE_STORE.findall(sass)), most_per_vector(sass)
-            folds = count_batches(sass, FLOAT64_LOAD, words=2, size=FOLD)
-            spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-            memory = usage["STACK"], usage["LOCAL"], spills
-            codes.append(Code(name, arch, usage["REG"], usage["SHARED"], *loops, folds, *memory))
-    return codes, set(re.findall(r"^Fatbin ptx code:\n=+\narch = (\S+)$", dump, re.MULTILINE))
+def images(library: bytes) -> Iterator[bytes]:
+    """The cubins in a library: ELF files for the machine that is a GPU, which end at their tables of headers."""
+    for found in re.finditer(rb"\x7fELF\x02\x01", library[1:]):
+        start = found.start() + 1
+        if int.from_bytes(library[start + 18 : start + 20], "little") != GPU:
+            continue
+        segments, sections = struct.unpack_from("<QQ", library, start + 32)
+        segment_size, num_segments, section_size, num_sections = struct.unpack_from("<HHHH", library, start + 54)
+        end = max(segments + segment_size * num_segments, sections + section_size * num_sections)
+        yield library[start : start + end]
+
+
+def ptx_in(library: bytes) -> set[str]:
+    """The architectures that there is PTX for."""
+    return {arch.decode() for arch in re.findall(rb"\n\.target (sm_\d+)", library)}
+
+
+def parse(dump: str) -> list[Code]:
+    """The kernels that `cuobjdump -sass -res-usage` shows of a cubin."""
+    codes, arch = [], re.search(r"^\s*code for (sm_\d+)$", dump, re.MULTILINE)[1]
+    lines = dict(re.findall(r"^ *Function (\S+):\n +(REG:.*)$", dump, re.MULTILINE))
+    _, *functions = re.split(r"^\s*Function : (\S+)$", dump, flags=re.MULTILINE)
+    for name, sass in zip(functions[::2], functions[1::2], strict=True):
+        usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", lines[name])}
+        loops = count_batches(sass), len(WIDE_STORE.findall(sass)), most_per_vector(sass)
+        folds = count_batches(sass, FLOAT64_LOAD, words=2, size=FOLD)
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        memory = usage["STACK"], usage["LOCAL"], spills
+        codes.append(Code(name, arch, usage["REG"], usage["SHARED"], *loops, folds, *memory))
+    return codes
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -210,9 +229,14 @@ def main() -> int:
     library = Path(sys.argv[1])
     # cuobjdump starts nvdisasm from PATH.
     environment = {**os.environ, "PATH": tools()}
-    command = ["cuobjdump", "-sass", "-res-usage", library]
-    dump = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    codes, ptx = parse(dump)
+    content = library.read_bytes()
+    codes, ptx = [], ptx_in(content)
+    for image in images(content):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(image)
+            cubin.flush()
+            command = ["cuobjdump", "-sass", "-res-usage", cubin.name]
+            codes += parse(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     names = demangle([code.kernel for code in codes])
     width = max(map(len, names), default=0)
     print(f"{'kernel':{width}}  arch    registers  shared  wide batches  wide stores  per load  folds  stack  spills")

@@ -32,6 +32,7 @@ FLAGS = (
     *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"),
 )
+TORCH = ("-shared", "-Wl,--no-as-needed", str(Path(torch.__file__).parent / "lib" / "libtorch.so"))
 # A misaligned access ends in cuda_runtime.h.
 DEVICE_FLAGS = ("-fsanitize=alignment", f"-I{HEADERS}")
 
@@ -96,20 +97,15 @@ def built() -> Path:
     """Build the host code with torch's functions for CUDA."""
     sources = [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *ROOT.glob("csrc/*.cpp")]
     sources += [HEADERS / "images.cpp", HEADERS / "torch_cuda.cpp"]
-    libtorch = Path(torch.__file__).parent / "lib" / "libtorch.so"
     # Calls of torch's functions for CUDA stay in the library.
-    link = "-shared", "-Wl,-Bsymbolic", "-Wl,--no-as-needed", str(libtorch), "-ldl"
-    return build("library", sources, *link, flags=())
+    return build("library", sources, "-Wl,-Bsymbolic", *TORCH, "-ldl", flags=())
 
 
-def open_library(path: Path, torch_functions: ctypes.CDLL | None = None) -> ctypes.CDLL:
+def open_library(path: Path) -> ctypes.CDLL:
     """Load a library of the host code under the driver."""
     loaded = ctypes.CDLL(str(path))
     for name in ("open_driver", "init", "unsupported"):
         getattr(loaded, f"fastclip_cuda_{name}").restype = ctypes.c_char_p
-    stream = (torch_functions or loaded).cuda_on_cpu_stream
-    stream.restype = ctypes.c_void_p
-    driver().cuda_on_cpu_set_stream(ctypes.c_void_p(stream()))
     error = loaded.fastclip_cuda_open_driver(driver()._name.encode())
     assert error is None, error
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import pytest
@@ -14,25 +15,8 @@ spec.loader.exec_module(check_sass)
 
 SQUARES, END, CLAMP = "norm_kernel<(NormPass)0", "finish_kernel<(Finish)0", "clamp_kernel<"
 WIDE_SQUARES = "norm_kernel<(NormPass)5"
-# Two files of machine code, the first without kernels, and one of PTX; encodings and most instructions are left out.
+# A file of machine code; encodings and most instructions are left out.
 DUMP = """
-Fatbin elf code:
-================
-arch = sm_80
-code version = [1,8]
-
-Resource usage:
- Common:
-  GLOBAL:0
-
-	code for sm_80
-	.target	sm_80
-
-Fatbin elf code:
-================
-arch = sm_90
-code version = [1,8]
-
 Resource usage:
  Common:
   GLOBAL:0
@@ -60,22 +44,27 @@ Resource usage:
         /*0810*/                   STL.64 [R1+0x8], R10 ;                       /* 0x0000080a01007387 */
         /*0820*/               @P1 LDL.LU R10, [R1+0x8] ;                       /* 0x00000800010a7983 */
 		..........
-
-Fatbin ptx code:
-================
-arch = sm_120
-code version = [9,0]
 """
 
 
 def test_dump_is_read():
-    codes, ptx = check_sass.parse(DUMP)
+    codes = check_sass.parse(DUMP)
     assert check_sass.demangle([code.kernel for code in codes]) == ["norm_kernel<__nv_bfloat16, true>", "finish_kernel"]
     assert [code[1:] for code in codes] == [
         ("sm_90", 38, 3072, 0, 1, 0, 0, 0, 0, 0),
         ("sm_90", 64, 0, 0, 0, 0, 0, 152, 8, 2),
     ]
-    assert ptx == {"sm_120"}
+
+
+def test_what_a_library_carries_is_found():
+    """Cubins among other files of the same format; an image ends where its tables of headers do."""
+    header = struct.Struct("<16sHHIQQQIHHHHHH")
+    cubin = header.pack(b"\x7fELF\x02\x01", 2, check_sass.GPU, 1, 0, 64 + 8, 64 + 72, 90, 64, 56, 1, 64, 2, 1)
+    cubin += bytes(64 + 72 + 2 * 64 - len(cubin))
+    other = cubin.replace(check_sass.GPU.to_bytes(2, "little"), (62).to_bytes(2, "little"), 1)
+    library = other + b"xx" + cubin + b"\0//\n.version 8.8\n.target sm_90\n" + cubin + b"end"
+    assert list(check_sass.images(library)) == [cubin, cubin]
+    assert check_sass.ptx_in(library) == {"sm_90"}
 
 
 def at_the_bounds():
@@ -140,9 +129,9 @@ def test_bounds_of_some_architectures():
 def test_an_unknown_kernel_and_missing_ptx_fail():
     codes = at_the_bounds()
     assert errors([*codes, codes[0]._replace(kernel="other_kernel")]) == [
-        "other_kernel for sm_80: not in the table of check_sass.py"
+        "other_kernel for sm_75: not in the table of check_sass.py"
     ]
-    assert errors(codes, ptx=["sm_120"]) == ["has no PTX for sm_80, which later GPUs need"]
+    assert errors(codes, ptx=["sm_120"]) == ["has no PTX for sm_90, which later GPUs need"]
 
 
 def batches(*instructions: str) -> int:

@@ -32,6 +32,7 @@ enum Error : unsigned {
   kStreamCaptureUnsupported = 900,
 };
 constexpr int kDevices = 4;
+constexpr uintptr_t kStream = 0x57;  // of torch_cuda.cpp
 constexpr size_t kMostBytes = 32764;  // of arguments
 
 struct SimulatedKernel {
@@ -68,7 +69,7 @@ struct State {
   std::set<Library*> libraries;
   std::set<std::pair<const Context*, const LoadedKernel*>> in_contexts;
   std::vector<Launch> launches, read;
-  void* stream = nullptr;
+  int last_loaded = 0;
   // The launch or memset after so many others fails; or the named call. Below zero, or empty: none.
   int launches_until_failure = -1;
   std::string failing;
@@ -93,7 +94,7 @@ CUresult begin_in_stream(const char* name, CUstream stream) {
   if (const CUresult failed = begin(name)) return failed;
   if (state.launches_until_failure >= 0 && state.launches_until_failure-- == 0) return state.failure;
   if (contexts.empty()) return error(kInvalidContext);
-  return stream == state.stream ? CUDA_SUCCESS : error(kInvalidValue);
+  return reinterpret_cast<uintptr_t>(stream) == kStream ? CUDA_SUCCESS : error(kInvalidValue);
 }
 #define BEGIN(name) \
   if (const CUresult failed = begin(name)) return failed
@@ -226,6 +227,7 @@ EXPORT CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_op
   if (is_capturing && capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED) return error(kStreamCaptureUnsupported);
   auto loaded = std::make_unique<Library>();
   if (jit_count + count != 0 || !read_code(static_cast<const char*>(code), *loaded)) return error(kInvalidValue);
+  state.last_loaded = loaded->arch + (loaded->is_ptx ? 1000 : 0);
   *library = reinterpret_cast<CUlibrary>(loaded.get());
   state.libraries.insert(loaded.release());
   return CUDA_SUCCESS;
@@ -286,7 +288,6 @@ EXPORT void cuda_on_cpu_configure(unsigned most_blocks, int float64_ratio, unsig
 }
 EXPORT void cuda_on_cpu_set_version(int version) { state.version = version; }
 EXPORT void cuda_on_cpu_set_arch(int device, int arch) { state.arch.at(static_cast<size_t>(device)) = arch; }
-EXPORT void cuda_on_cpu_set_stream(void* stream) { state.stream = stream; }
 EXPORT void cuda_on_cpu_set_capturing(bool capturing) { is_capturing = capturing; }
 // The primary context of a device becomes that of this thread; -1: none is.
 EXPORT void cuda_on_cpu_set_context(int device) {
@@ -320,6 +321,8 @@ EXPORT int cuda_on_cpu_launches() {
 }
 EXPORT const Launch* cuda_on_cpu_launch(int index) { return &state.read[static_cast<size_t>(index)]; }
 
+// What was loaded last: the architecture of the code, plus 1,000 where it is PTX.
+EXPORT int cuda_on_cpu_last_loaded() { return state.last_loaded; }
 EXPORT int cuda_on_cpu_calls(const char* name) { return state.calls[name]; }
 // What a call leaves behind: libraries, contexts of this thread, and whether it changed how the thread captures.
 EXPORT int cuda_on_cpu_libraries() { return static_cast<int>(state.libraries.size()); }
