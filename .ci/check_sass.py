@@ -13,8 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -59,9 +58,7 @@ KERNELS = {
     "norm_kernel<(NormPass)1": Bounds(256, 4, batches=4, per_vector=76),  # magnitudes
     "norm_kernel<(NormPass)2": Bounds(256, 4, batches=4, per_vector=32, older=of_older(50, 50)),  # extremes
     "norm_kernel<(NormPass)3": Bounds(256, 4),  # powers: log2 and exp2 take longer than loads of single elements
-    "norm_kernel<(NormPass)4": Bounds(
-        256, 4, batches=4, per_vector=32, older=of_older(50, 50)
-    ),  # powers in a unit, which is an extreme
+    "norm_kernel<(NormPass)4": Bounds(256, 4, batches=4, per_vector=32, older=of_older(50, 50)),  # powers in a unit
     "norm_kernel<(NormPass)5": Bounds(256, 4, batches=4, per_vector=34, archs=WIDE),  # squares in float64
     "norm_kernel<(NormPass)6": Bounds(256, 4, batches=4, per_vector=34, archs=WIDE),  # magnitudes in float64
     "finish_kernel<(Finish)0": Bounds(1024, 1, folds=3),  # sum, max, min
