@@ -325,6 +325,31 @@ def test_blocks_that_end_the_norm_give_its_bits(norm_type):
         assert torch.equal(norm, clipped)
 
 
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "sanitize"])
+def test_options_in_one_launch_and_in_two(nonfinite, bad):
+    """All that a clip carries, by the blocks that scale and by a launch of its own before them."""
+    for count, of_its_own in ((20, False), (300, True)):
+        grads = tiny(count)
+        if bad is not None:
+            grads[17][0] = bad
+        values = [g.nan_to_num(0.0, 0.0, 0.0) for g in grads] if nonfinite == "sanitize" else twins(grads)
+        found_inf, inv_scale = torch.tensor(math.nan), torch.tensor(0.25, dtype=torch.bfloat16)
+        options = {"nonfinite": nonfinite, "found_inf": found_inf, "inv_scale": inv_scale}
+        on_cpu.launches()
+        with on_cpu.use(wide=False):
+            norm = fastclip.clip_grad_norm_(parameters(grads), 0.5, norm_dtype=torch.float64, **options)
+        assert any(launch.block == 1024 for launch in on_cpu.launches()) == of_its_own
+        expected = reference.total_norm(values) * 0.25
+        reference.assert_norm(norm, expected, torch.float64)
+        assert found_inf.item() == (not math.isfinite(expected))
+        if nonfinite == "zero" and not math.isfinite(expected):
+            values = [torch.zeros_like(value) for value in values]
+        else:
+            reference.scale_rounded_(values, reference.clip_coef(norm.item(), 0.5) * 0.25)
+        reference.assert_bits(grads, values)
+
+
 def test_what_overlaps_is_written_in_rounds():
     """No launch writes an element twice, and all that overlaps nothing is written by the first."""
     grads = tiny(300)
