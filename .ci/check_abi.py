@@ -118,7 +118,7 @@ def check_cuda() -> str | None:
         *(f"static_assert(static_cast<int>(ours::{name}) == static_cast<int>(::{name}));" for name in constants),
         *(
             f"static_assert(sizeof(ours::{name}) == sizeof(::{name}));"
-            for name in re.findall(r"(?:using|enum|struct) (CU\w+)\b(?! *;)", own_types)
+            for name in re.findall(r"(?:using|enum|struct) (CU\w+)(?= [={:])", own_types)
         ),
         *(f"static_assert(offsetof(ours::CUlaunchConfig, {f}) == offsetof(::CUlaunchConfig, {f}));" for f in fields),
     ]
