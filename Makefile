@@ -42,7 +42,7 @@ test: $(STAMP) ## Run the tests
 bench: $(STAMP) ## Compare speed and error with torch
 	@$(BIN)/python -m fastclip bench $(ARGS)
 
-gpu: ## On a machine with a CUDA GPU and nvcc: build for it, test, benchmark, sanitize
+gpu: ## On a machine with a CUDA GPU: build for it, test, benchmark, profile, sanitize; RESULTS= is where to
 	@GPU_PYTHON='$(GPU_PYTHON)' ARGS='$(ARGS)' bash .ci/gpu $(PART)
 
 lint: $(STAMP) ## Check style and types: ruff and mypy for Python, clang-format for C++, the house bans, the workflows
