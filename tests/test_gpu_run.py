@@ -93,6 +93,7 @@ def test_all_parts(run):
     assert "-n 6 --dist worksteal --durations=15 --junitxml=" in calls
     assert f"--bars --details --save {run.results} --json {run.results}/bench.json" in calls
     assert "--check-bars" not in calls
+    assert "benchmarks/host.py --split cuda" in calls
     assert calls.count("compute-sanitizer --tool") == 5
     assert "tests/gpu_edges.py --backend triton" in calls
     assert "ncu --clock-control none" in calls
