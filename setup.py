@@ -3,11 +3,14 @@
 Environment: CXX, CPPFLAGS, CFLAGS, CXXFLAGS and LDFLAGS as usual, and
   FASTCLIP_PURE=1               pure Python: no compiled kernels, and no compiler needed
   FASTCLIP_WERROR=1             compiler warnings are errors
-  USE_CUDA=0|1                  build without the CUDA library, or only with it; unset: with it where nvcc is found
-  FASTCLIP_CUDA_ARCHS="90 120"  the GPU architectures to build for; the first one as PTX too, for all later ones
+  USE_CUDA=0|1                  build without the CUDA library, or only with it; unset: with it where NVRTC is found,
+                                in nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12 or a toolkit in CUDA_HOME
+  FASTCLIP_CUDA_ARCHS="90 120"  the GPU architectures to build for
+  FASTCLIP_CUDA_FLAGS           more options for NVRTC, such as -DNAME=VALUE, which the host code is given, too
 """
 
 import functools
+import importlib.util
 import json
 import os
 import platform
@@ -40,7 +43,11 @@ ISA_FLAGS = {
     },
     "aarch64": {"loops_neon": []},
 }
-CUDA_ARCHS = ["80", "90", "100", "120"]
+CUDA_ARCHS = ["75", "80", "90", "100", "120"]
+# Of this one there is PTX, too, for all that come after it: its code knows bfloat16, and it is below 11.0, which has no
+# code of its own.
+PTX_ARCH = "90"
+NVRTC = ROOT / "csrc" / "cuda" / "nvrtc.py"
 
 
 def cxx_sources():
@@ -50,8 +57,8 @@ def cxx_sources():
 
 
 def cuda_sources():
-    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/cuda/*.c*") if p.suffix in (".cu", ".cpp"))
-    return [*sources, "csrc/op_arguments.cpp", "csrc/views.cpp"]
+    sources = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/cuda/*.cpp"))
+    return [*sources, f"{BUILD}/cuda/images.cpp", "csrc/op_arguments.cpp", "csrc/views.cpp"]
 
 
 def is_pure():
@@ -77,12 +84,6 @@ def cxx():
     )
 
 
-def host_compiler():
-    """CXX without a launcher such as ccache, as nvcc takes it: the program, and its own arguments."""
-    words = cxx()
-    return words[1:] if len(words) > 1 and Path(words[0]).stem in ("ccache", "sccache", "distcc") else words
-
-
 @functools.cache
 def target():
     """What CXX compiles for, such as "aarch64-linux-gnu"."""
@@ -103,47 +104,46 @@ def platform_tag(host):
     return f"{system}_{machine}"
 
 
-def find_nvcc():
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
+@functools.cache
+def nvrtc():
+    """The module that compiles the device code; and the NVRTC that it found, or why it found none."""
+    spec = importlib.util.spec_from_file_location("nvrtc", NVRTC)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nvrtc"] = module
+    spec.loader.exec_module(module)
+    return module, module.find()
 
 
 def wants_cuda():
     choice = os.environ.get("USE_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"fastclip: USE_CUDA must be 0, 1 or unset, got {choice!r}")
-    missing = choice != "0" and why_not_cuda()
+    if choice == "0":
+        return False
+    if "linux" not in target():
+        missing = f"CXX compiles for {target()}, and the CUDA library is for Linux"
+    else:
+        module, found = nvrtc()
+        missing = (
+            isinstance(found, str) and f"NVRTC {module.NEEDED} is missing ({found}): pip install {module.PACKAGES}"
+        )
     if missing and choice == "1":
         sys.exit(f"fastclip: USE_CUDA=1, but {missing}")
     if missing:
-        print(f"fastclip: {missing}: building without the CUDA kernels", flush=True)
-    return choice != "0" and not missing
-
-
-def why_not_cuda():
-    """Why the CUDA library cannot be built; None where it can. Arguments of more than 4 KB came with CUDA 12.1."""
-    if not (nvcc := find_nvcc()):
-        return "no nvcc is on PATH or in CUDA_HOME"
-    if target_machine() != {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()):
-        return f"CXX compiles for {target()}, and nvcc for {platform.machine()}"
-    release = cuda_release()
-    if not release or (int(release[1]), int(release[2])) < (12, 1):
-        return f"{nvcc} is release {release[0].partition(' ')[2] if release else 'unknown'}, and 12.1 is needed"
-    return None
-
-
-@functools.cache
-def cuda_release():
-    text = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True).stdout
-    return re.search(r"release (\d+)\.(\d+)", text)
+        print(f"fastclip: building without the CUDA kernels: {missing}", flush=True)
+    return not missing
 
 
 @functools.cache
 def cuda_archs():
     if archs := re.findall(r"\w+", os.environ.get("FASTCLIP_CUDA_ARCHS", "").replace(".", "")):
         return archs
-    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    _, found = nvrtc()
+    return [arch for arch in CUDA_ARCHS if arch in found.archs]
+
+
+def ptx_arch():
+    return PTX_ARCH if PTX_ARCH in cuda_archs() else cuda_archs()[0]
 
 
 def extensions():
@@ -157,28 +157,33 @@ def extensions():
     return libraries
 
 
-def cuda_commands():
-    """The toolkit's part of build.ninja: the nvcc command line, and where cudart is."""
-    nvcc = find_nvcc()
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
-    if not top:
-        sys.exit(f"fastclip: {nvcc} --dryrun names no toolkit (TOP=); it printed:\n{dry.stderr}")
-    archs = cuda_archs()
-    flags = ["-O3", "-std=c++17", "-fmad=false", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)]
-    flags += [f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}", "--threads=2"]
-    flags += ["-Werror=all-warnings"] if WERROR else []
-    program, *arguments = host_compiler()
-    flags += [f"-ccbin={program}"] if os.environ.get("CXX") else []
-    # nvcc splits at commas, and hands the rest to a shell.
-    host = [*arguments, *HOST_FLAGS, *from_environment("CPPFLAGS", "CXXFLAGS")]
-    flags += [f"-Xcompiler={shlex.quote(flag)}".replace(",", r"\,") for flag in host]
-    libs = [f"-L{top[1].strip()}/lib64", f"-L{top[1].strip()}/lib", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    return [nvcc, *flags], libs
+def device_code(out):
+    """The part of build.ninja that makes the C++ file `out` of the device code, with the code of each architecture."""
+    _, found = nvrtc()
+    python = [sys.executable, NVRTC.relative_to(ROOT).as_posix()]
+    flags = [*(["--warnings-are-errors"] if WERROR else []), *from_environment("FASTCLIP_CUDA_FLAGS")]
+    compiled = ninja_words([*python, "compile", found.library, found.include])
+    codes = [f"{BUILD}/cuda/sm_{arch}.cubin" for arch in cuda_archs()] + [f"{BUILD}/cuda/compute_{ptx_arch()}.ptx"]
+    names = [f"{Path(code).with_suffix('.names')}" for code in codes]
+    read = [p.relative_to(ROOT).as_posix() for p in sorted((*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.*")))]
+    read = " ".join(file for file in read if not file.endswith(".cpp"))
+    lines = ["rule nvrtc", f"  command = {compiled} $arch $out {ninja_words(flags)}"]
+    for code, name in zip(codes, names, strict=True):
+        lines += [f"build {code} {name}: nvrtc | {read}", f"  arch = {Path(code).stem}"]
+    version = 1000 * found.version[0] + 10 * found.version[1]
+    collected = ninja_words([*python, "collect", out, str(version), names[0], *codes])
+    return [*lines, "rule collect", f"  command = {collected}", f"build {out}: collect | {' '.join([*codes, *names])}"]
 
 
 def from_environment(*names):
     return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
+
+
+def flags_of(source):
+    """What only one file is compiled with; host code shares the macros of the device code."""
+    if source.startswith("csrc/cuda/"):
+        return [flag for flag in from_environment("FASTCLIP_CUDA_FLAGS") if flag.startswith("-D")]
+    return ISA_FLAGS.get(target_machine(), {}).get(Path(source).stem, [])
 
 
 def ninja_words(words):
@@ -198,7 +203,7 @@ def build_ninja(libraries):
     lines = [
         f"builddir = {BUILD}",
         "rule cxx",
-        f"  command = {ninja_words([*cxx(), *cxx_flags])} $isa_flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {ninja_words([*cxx(), *cxx_flags])} $own_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -207,20 +212,19 @@ def build_ninja(libraries):
         f"  command = {ninja_words(cxx())} -shared -nostdlib -x c {os.devnull} -Wl,-soname,libtorch.so -o $out",
         *(f"build {library}: stub" for library in stub),
     ]
-    compiled, isa_flags = set(), ISA_FLAGS.get(target_machine(), {})
+    compiled = set()
     for library in libraries:
         objects, libs = [], []
-        if any(source.endswith(".cu") for source in library.sources):
-            nvcc, libs = cuda_commands()
-            lines += ["rule nvcc", f"  command = {ninja_words(nvcc)} -MMD -MF $out.d -c $in -o $out"]
-            lines += ["  depfile = $out.d", "  deps = gcc"]
+        if images := next((source for source in library.sources if source.endswith("images.cpp")), None):
+            lines += device_code(images)
+            libs = ["-ldl"]
         for source in library.sources:
-            objects.append(f"{BUILD}/{source}.o")
+            objects.append(f"{BUILD}/{source.removeprefix(f'{BUILD}/')}.o")
             if source in compiled:
                 continue
             compiled.add(source)
-            lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {source}")
-            lines.append(f"  isa_flags = {' '.join(isa_flags.get(Path(source).stem, []))}")
+            lines.append(f"build {objects[-1]}: cxx {source}")
+            lines.append(f"  own_flags = {ninja_words(flags_of(source))}")
         lines.append(f"build {BUILD}/{library_file(library)}: link {' '.join(objects)} | {' '.join(stub)}")
         lines.append(f"  libs = {ninja_words(libs)}")
     return "\n".join([*lines, ""])
@@ -243,23 +247,22 @@ def facts(libraries):
     printed = subprocess.run([*cxx(), "--version"], capture_output=True, text=True).stdout
     built = {"compiler": printed.partition("\n")[0], "target": target()}
     if len(libraries) > 1:
-        archs = [*cuda_archs(), f"{cuda_archs()[0]}+PTX"]
-        built |= {"cuda": ".".join(cuda_release().groups()), "archs": archs}
+        built |= {"cuda": ".".join(map(str, nvrtc()[1].version)), "archs": [*cuda_archs(), f"{ptx_arch()}+PTX"]}
     return built
 
 
 def sbom(version, libraries):
-    """What is inside a wheel beside the project's own code, as CycloneDX: NVIDIA's runtime in the CUDA library."""
+    """What is inside a wheel beside the project's own code, as CycloneDX: the math functions of the device code."""
     ref = f"pkg:pypi/torch-fastclip@{version}"
     own = {"type": "library", "bom-ref": ref, "name": "torch-fastclip", "version": version, "purl": ref}
     own["licenses"] = [{"license": {"id": "BSD-3-Clause"}}]
     bom = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "metadata": {"component": own}}
     if len(libraries) > 1:
-        cudart = {"type": "library", "bom-ref": "cudart", "name": "libcudart_static"}
-        cudart |= {"version": facts(libraries)["cuda"], "supplier": {"name": "NVIDIA Corporation"}}
-        cudart["licenses"] = [{"license": {"name": "NVIDIA CUDA Toolkit End User License Agreement"}}]
-        bom["components"] = [cudart]
-        bom["dependencies"] = [{"ref": ref, "dependsOn": ["cudart"]}]
+        math = {"type": "library", "bom-ref": "libdevice", "name": "libdevice", "version": facts(libraries)["cuda"]}
+        math |= {"supplier": {"name": "NVIDIA Corporation"}}
+        math["licenses"] = [{"license": {"name": "NVIDIA CUDA Toolkit End User License Agreement"}}]
+        bom["components"] = [math]
+        bom["dependencies"] = [{"ref": ref, "dependsOn": ["libdevice"]}]
     return bom
 
 

@@ -1,7 +1,7 @@
-"""Compiles csrc/abi.h and csrc/python_abi.h beside the headers of torch and of Python that they stand for.
+"""Compiles csrc/abi.h, python_abi.h and cuda/driver.h beside the headers of torch, Python and CUDA that they stand for.
 
 A signature, a value or a layout that differs is an error, and so is what torch 2.10 or Python's stable ABI of 3.10
-lacks.
+lacks. CUDA's header is that of nvidia-cuda-runtime-cu12, or of a toolkit in CUDA_HOME.
 """
 
 from __future__ import annotations
@@ -90,8 +90,47 @@ def check_python() -> str | None:
     return None
 
 
+def find_cuda() -> Path | None:
+    spec = importlib.util.find_spec("nvidia")
+    folders = [path / "cuda_runtime" for path in map(Path, spec.submodule_search_locations if spec else ())]
+    folders += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return next((folder / "include" for folder in folders if (folder / "include" / "cuda.h").exists()), None)
+
+
+def check_cuda() -> str | None:
+    """CUDA's driver interface: functions by signature, constants by value, structs by their fields."""
+    include, ours = find_cuda(), CSRC / "cuda" / "driver.h"
+    if include is None:
+        return "no cuda.h to compare csrc/cuda/driver.h with: pip install nvidia-cuda-runtime-cu12"
+    own_types = re.search(r"#ifndef CUDA_VERSION\n(.*?)#endif", ours.read_text(), re.DOTALL)[1]
+    constants = re.findall(r"\b(CU\w+_\w+) = ", own_types)
+    fields = re.findall(r"(\w+)[,;]", re.search(r"struct CUlaunchConfig {(.*?)};", own_types, re.DOTALL)[1])
+    source = [
+        "#include <cuda.h>",
+        "#include <cstddef>",
+        "#include <type_traits>",
+        f'#include "{ours}"',
+        # Each pointer has the type of the function of that name.
+        "#define SAME(name, ...) static_assert(std::is_same_v<decltype(fastclip::cuda::Driver::name), "
+        "decltype(&::name)>, #name);",
+        "FASTCLIP_DRIVER_FUNCTIONS(SAME)",
+        f"namespace ours {{\n{own_types}}}",
+        *(f"static_assert(static_cast<int>(ours::{name}) == static_cast<int>(::{name}));" for name in constants),
+        *(
+            f"static_assert(sizeof(ours::{name}) == sizeof(::{name}));"
+            for name in re.findall(r"(?:using|enum|struct) (CU\w+)(?= [={:])", own_types)
+        ),
+        *(f"static_assert(offsetof(ours::CUlaunchConfig, {f}) == offsetof(::CUlaunchConfig, {f}));" for f in fields),
+    ]
+    if not compiles(source, include):
+        return f"csrc/cuda/driver.h does not agree with {include}/cuda.h"
+    names = declared(ours, r"FUNCTION\((cu\w+)")
+    print(f"{len(names)} functions, {len(constants)} constants, {len(fields)} fields as in cuda.h")
+    return None
+
+
 def main() -> int:
-    errors = [error for check in (check_torch, check_python) if (error := check())]
+    errors = [error for check in (check_torch, check_python, check_cuda) if (error := check())]
     for error in errors:
         print(error, file=sys.stderr)
     return bool(errors)

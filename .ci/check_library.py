@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 NEEDED = {"libtorch.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
-# What the static CUDA runtime asks for; the driver is opened when it is first used.
-CUDART_NEEDED = {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
+# Where an older glibc has what opens the driver.
+OPENING = {"libdl.so.2"}
 # The newest symbol versions of manylinux_2_28, which is what torch's own wheels are built for. A library that is built
 # for this machine alone may ask for the glibc that it has.
 CEILINGS = {"GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GLIBC": (2, 28)}
@@ -45,7 +45,7 @@ def output(*command: str | Path) -> str:
 
 def link_errors(library: Path, ceilings: dict[str, tuple[int, ...]]):
     """Libraries, symbols and symbol versions beyond torch's C ABI and the C and C++ runtimes, and what others see."""
-    allowed = NEEDED | CUDART_NEEDED if "cuda" in library.name else NEEDED
+    allowed = NEEDED | OPENING if "cuda" in library.name else NEEDED
     for name in re.findall(r"NEEDED.*\[(.+)\]", output("readelf", "-d", library)):
         if name not in allowed and not name.startswith("ld-linux"):
             yield f"links to {name}"

@@ -2,14 +2,13 @@
 
 The kinds are sdist, and from it x86_64 and aarch64 (manylinux wheels) and pure (Python alone); without names all.
 Each is checked: its tag, contents and metadata, and the symbols of its libraries. `--twice` builds everything again in
-other folders and compares the bytes. `--trial` is for checks before a commit, and where there is no nvcc: of tracked
-files that were changed it takes the changed ones, and without nvcc it builds the wheel for x86_64 without CUDA.
+other folders and compares the bytes. `--trial` is for checks before a commit: of tracked files that were changed it
+takes the changed ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import os
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import old_glibc
@@ -38,10 +36,11 @@ platform.machine = lambda: machine
 from auditwheel.main import main
 sys.exit(main())
 """
-# nvcc makes symbol names of the path of a source: so the wheel with CUDA is built here, wherever the checkout is.
-CUDA_FOLDER = Path("/tmp/fastclip-release")
 # Environment that would change what is built.
-UNSET = ("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS", "FASTCLIP_CUDA_ARCHS", "FASTCLIP_PURE", "USE_CUDA")
+UNSET = (
+    *("CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS"),
+    *("CUDA_HOME", "CUDA_PATH", "FASTCLIP_CUDA_ARCHS", "FASTCLIP_CUDA_FLAGS", "FASTCLIP_PURE", "USE_CUDA"),
+)
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -52,11 +51,6 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     if ran.returncode:
         sys.exit(f"{ran.stdout}\nrelease: failed: {' '.join(map(str, command))}")
     return ran.stdout
-
-
-def find_nvcc() -> str | None:
-    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join([*homes, os.environ.get("PATH", "")]))
 
 
 def version() -> str:
@@ -113,8 +107,8 @@ def compiler(machine: str) -> list[str]:
     return ["c++"] if machine == platform.machine() else [f"{machine}-linux-gnu-g++"]
 
 
-def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path, cuda: bool) -> Path:
-    folder = CUDA_FOLDER if kind == "x86_64" else scratch / kind
+def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path) -> Path:
+    folder = scratch / kind
     unpack(sdist, folder)
     source = next(folder.iterdir())
     raw = folder / "wheel"
@@ -129,7 +123,7 @@ def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path, cuda: bool) ->
     stubs = folder / "old glibc"
     stubs.mkdir()
     flags = old_glibc.write_stubs(cxx, GLIBC, stubs)
-    environment = {"CXX": cxx[0], "USE_CUDA": "1" if kind == "x86_64" and cuda else "0"}
+    environment = {"CXX": cxx[0], "USE_CUDA": "1"}  # the device code is the same for every machine
     run(*command, cwd=source, LDFLAGS=" ".join(f"'{flag}'" for flag in flags), FASTCLIP_WERROR="1", **environment)
     (wheel,) = raw.iterdir()
     tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{kind}"
@@ -141,10 +135,10 @@ def build_wheel(kind: str, sdist: Path, scratch: Path, out: Path, cuda: bool) ->
     return Path(shutil.copy(wheel, out))
 
 
-def check(files: list[Path], scratch: Path, cuda: bool) -> None:
+def check(files: list[Path], scratch: Path) -> None:
     run(PYTHON, "-m", "twine", "check", "--strict", *files)
     for wheel in (file for file in files if file.suffix == ".whl"):
-        kind = "pure" if wheel.stem.endswith("any") else "cuda" if wheel.stem.endswith("x86_64") and cuda else "cpu"
+        kind = "pure" if wheel.stem.endswith("any") else "cuda"
         run(PYTHON, "-m", "check_wheel_contents", wheel)
         print(run(PYTHON, ".ci/check_wheel.py", kind, wheel), end="")
         unpacked = scratch / f"{wheel.stem} unpacked"
@@ -153,24 +147,12 @@ def check(files: list[Path], scratch: Path, cuda: bool) -> None:
             print(f"  {library.name}:", run(PYTHON, ".ci/check_library.py", library), end="")
 
 
-@contextlib.contextmanager
-def cuda_folder() -> Iterator[None]:
-    try:
-        CUDA_FOLDER.mkdir(mode=0o700)
-    except FileExistsError:
-        sys.exit(f"release: {CUDA_FOLDER} exists: another release is being built there, or one was stopped")
-    try:
-        yield
-    finally:
-        shutil.rmtree(CUDA_FOLDER)
-
-
-def build(kinds: list[str], out: Path, revision: str, epoch: int, cuda: bool) -> list[Path]:
-    with tempfile.TemporaryDirectory(prefix="release ") as name, cuda_folder():
+def build(kinds: list[str], out: Path, revision: str, epoch: int) -> list[Path]:
+    with tempfile.TemporaryDirectory(prefix="release ") as name:
         scratch = Path(name)
         sdist = build_sdist(scratch, out, revision, epoch)
-        files = [sdist, *(build_wheel(kind, sdist, scratch, out, cuda) for kind in kinds if kind != "sdist")]
-        check(files, scratch, cuda)
+        files = [sdist, *(build_wheel(kind, sdist, scratch, out) for kind in kinds if kind != "sdist")]
+        check(files, scratch)
     return files
 
 
@@ -184,15 +166,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the files (default: dist)")
     parser.add_argument("--tag", help="what this is released as, which has to be the version in fastclip/__init__.py")
     parser.add_argument("--twice", action="store_true", help="build again in another folder: the same bytes?")
-    parser.add_argument(
-        "--trial", action="store_true", help="with changed files, and where nvcc is missing without CUDA"
-    )
+    parser.add_argument("--trial", action="store_true", help="with changed files")
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"no kind of release: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     check_tags([options.tag] if options.tag else [])
     revision = commit(options.trial)
-    cuda = not options.trial or bool(find_nvcc())
     # What zip and tar files record beside the contents: the time of the commit, and permissions without this user's.
     epoch = int(run("git", "log", "-1", "--format=%ct"))
     os.environ["SOURCE_DATE_EPOCH"] = str(epoch)
@@ -200,11 +179,11 @@ def main() -> int:
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     kinds = options.kinds or list(KINDS)
-    files = build(kinds, options.out.resolve(), revision, epoch, cuda)
+    files = build(kinds, options.out.resolve(), revision, epoch)
     differing = []
     if options.twice:
         with tempfile.TemporaryDirectory() as again:
-            second = build(kinds, Path(again), revision, epoch, cuda)
+            second = build(kinds, Path(again), revision, epoch)
             differing = [one.name for one, two in zip(files, second, strict=True) if digest(one) != digest(two)]
     for file in files:
         print(f"{digest(file)}  {file.name}  {file.stat().st_size:,} bytes")

@@ -1,6 +1,6 @@
 """What a call costs beside its bytes: torch and fastclip over tiny tensors, one thread, as ratios in one process.
 
-python benchmarks/host.py [--check-bars]; times are of the thread, the least of many rounds.
+python benchmarks/host.py [--check-bars | --split DEVICE]; times are of the thread, the least of many rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import fastclip
+from fastclip import gradients
 from fastclip.bench import report
+from fastclip.gradients.contract import Clip
+from fastclip.gradients.plain import Plain
 
 HUGE = 1e6  # a bound that clips nothing
 
@@ -28,6 +31,8 @@ def least_us(call: Callable[[], object], calls: int, rounds: int = 40) -> float:
     call()
     best = float("inf")
     for _ in range(rounds):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the queue is empty
         start = time.thread_time_ns()
         for _ in range(calls):
             call()
@@ -35,10 +40,10 @@ def least_us(call: Callable[[], object], calls: int, rounds: int = 40) -> float:
     return best
 
 
-def parameters(count: int, *shape: int) -> list[torch.nn.Parameter]:
-    made = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(count)]
+def parameters(count: int, *shape: int, device: str = "cpu") -> list[torch.nn.Parameter]:
+    made = [torch.nn.Parameter(torch.zeros(shape, device=device)) for _ in range(count)]
     for parameter in made:
-        parameter.grad = torch.full(shape, 1e-3)
+        parameter.grad = torch.full(shape, 1e-3, device=device)
     return made
 
 
@@ -97,11 +102,38 @@ def rows() -> list[tuple[str, float, float, float, str, float]]:
     return found
 
 
+def split(device: str) -> list[tuple[int, float, float, float, float]]:
+    """Of clip_grad_norm_ over so many tiny tensors, in us: all of it, reading the list, version counters, and the
+    engine, which fills tables and launches, or computes.
+    """
+    found = []
+    for count in (1, 148, 2000, 10_000):
+        made, calls = parameters(count, 4, device=device), max(1, 300 // count)
+        read = gradients.of(made)
+        assert isinstance(read, Plain), read
+        norm, clip = torch.empty((), device=device), Clip(HUGE, 2.0)
+        parts = (
+            lambda made=made: fastclip.clip_grad_norm_(made, HUGE),
+            lambda made=made: gradients.of(made),
+            lambda read=read: torch._C._increment_version(read.tensors),
+            lambda read=read, norm=norm, clip=clip: read._engine.clip_grad_norm_(read._views, norm, *clip),
+        )
+        found.append((count, *(least_us(part, calls) for part in parts)))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check-bars", action="store_true", help="a miss exits with 1")
+    parser.add_argument("--split", metavar="DEVICE", help="only where the time of a call goes: cpu, cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.split:
+        print(report.conditions_line(report.conditions([], False, torch.device(options.split))), "\n")
+        print("| tensors | whole call: us | list read | version counters | engine |\n|---|---|---|---|---|")
+        for count, *times in split(options.split):
+            print(f"| {count:,} | {' | '.join(f'{us:.1f}' for us in times)} |")
+        return 0
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     gc.disable()

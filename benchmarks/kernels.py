@@ -1,52 +1,40 @@
-"""Each pass once over large lists, between the marks of a profiler: ncu --profile-from-start off ... kernels.py
+"""Every kernel that moves bytes, over bf16 and float32, for a profiler: ncu python benchmarks/kernels.py
 
-The lists are those of a 1/64 shard of an 8B model, bfloat16 and float32, out of the L2.
+128 tensors of a million elements each: more than the L2 of any card, and small enough for a profiler that runs each
+kernel several times.
 """
 
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 
 import torch
 
 import fastclip
-from fastclip.bench.cases import cases, gpu_cases
-from fastclip.bench.gradients import Gradients
+
+
+def run(dtype: torch.dtype, tensors: int, elements: int, device: str) -> None:
+    parameters = [torch.nn.Parameter(torch.empty(elements, dtype=dtype, device=device)) for _ in range(tensors)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(elements, dtype=dtype, device=device)
+    norm = fastclip.get_total_norm([parameter.grad for parameter in parameters])
+    fastclip.get_total_norm([parameter.grad for parameter in parameters], float("inf"))
+    fastclip.clip_grad_norm_(parameters, 2 * norm.item())
+    fastclip.clip_grad_norm_(parameters, 0.3 * norm.item())
+    fastclip.clip_grad_value_(parameters, 100.0)
+    fastclip.clip_grad_value_(parameters, 0.1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", help="such as triton; without, the preferred one")
-    parser.add_argument("--case", nargs="+", default=["llama3-8b-1of64", "llama3-8b-1of64-fp32"])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tensors", type=int, default=128)
+    parser.add_argument("--elements", type=int, default=1 << 20)
     options = parser.parse_args()
-    listed = gpu_cases() if options.device == "cuda" else cases()
-    on_gpu = options.device == "cuda"
-    for name in options.case:
-        made = Gradients(listed[name], torch.device(options.device))
-        scratch = torch.zeros((512 << 20) // 4 if on_gpu else 1, device=options.device)
-        calls = (
-            lambda made=made: fastclip.clip_grad_norm_(made.parameters, 2 * made.total_norm),
-            lambda made=made: fastclip.clip_grad_norm_(made.parameters, 0.3 * made.total_norm),
-            lambda made=made: fastclip.clip_grad_value_(made.parameters, 100.0),
-            lambda made=made: fastclip.clip_grad_value_(made.parameters, 1.0),
-        )
-        with fastclip.use_backend(options.backend) if options.backend else nullcontext():
-            for call in calls:
-                made.restore()
-                call()  # compiled and loaded
-            for call in calls:
-                made.restore()
-                scratch.zero_()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                    torch.cuda.profiler.start()
-                call()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                    torch.cuda.profiler.stop()
-        del made
+    for dtype in (torch.bfloat16, torch.float32):
+        run(dtype, options.tensors, options.elements, options.device)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ constexpr Dtype promote(Dtype a, Dtype b) {
 // (128 KiB and more) to hide its fixed cost. fastclip/backends/triton_.py has the same.
 constexpr int kChunkSize = 65536;
 
+// One dimension of a tensor that is not one dense run of memory; strides in elements.
+struct Dim {
+  int64_t size;
+  int64_t stride;
+};
+
 // A number in memory, of any of the dtypes; null where there is none.
 struct Number {
   void* data = nullptr;

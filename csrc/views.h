@@ -16,12 +16,6 @@ struct Device {
   int32_t index;
 };
 
-// One dimension of a tensor that is not one dense run of memory; strides in elements.
-struct Dim {
-  int64_t size;
-  int64_t stride;
-};
-
 struct TensorView {
   char* data;
   int64_t numel;

@@ -174,16 +174,13 @@ def _driver_version() -> int:
 def _load_cuda_library() -> tuple[ctypes.CDLL | None, str | None]:
     if torch.version.cuda is None:
         return None, "this torch was not built for CUDA"
-    library, reason = _load("libfastclip_cuda.so", "nvcc, or USE_CUDA=0,")
+    library, reason = _load("libfastclip_cuda.so", "NVRTC, or USE_CUDA=0,")
     if library is None:
         return None, reason
-    needed, driver = library.fastclip_cuda_runtime_version(), _driver_version()
-    if driver == 0:
-        return None, "no NVIDIA driver (libcuda.so.1)"
-    if driver // 1000 < needed // 1000:
-        return None, f"the NVIDIA driver serves CUDA {_dotted(driver)}, the kernels are compiled for {_dotted(needed)}"
-    library.fastclip_cuda_init.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-    library.fastclip_cuda_init.restype = library.fastclip_cuda_unsupported.restype = ctypes.c_char_p
+    for function in (library.fastclip_cuda_open_driver, library.fastclip_cuda_init, library.fastclip_cuda_unsupported):
+        function.restype = ctypes.c_char_p
+    if error := library.fastclip_cuda_open_driver(b"libcuda.so.1"):
+        return None, error.decode()
     if error := library.fastclip_cuda_init(b"fastclip", b"CUDA"):
         raise RuntimeError(error.decode())
     return library, None
@@ -246,10 +243,19 @@ def cpu_isa() -> str | None:
     return None if cpu_library is None else cpu_library.fastclip_cpu_isa().decode()
 
 
-@functools.cache
+_supported: set[int] = set()
+
+
 def cuda_unsupported(device: int) -> str | None:
-    """Why the CUDA kernels cannot run on a device; None where they can."""
+    """Why the CUDA kernels cannot run on a device; None where they can.
+
+    A reason is asked for again at the next call: it may be one that passes, such as a device without free memory.
+    """
+    if device in _supported:
+        return None
     if cuda_library is None:
         return cuda_unavailable
-    reason = cuda_library.fastclip_cuda_unsupported(device)
-    return None if reason is None else reason.decode()
+    if reason := cuda_library.fastclip_cuda_unsupported(device):
+        return reason.decode().removeprefix("fastclip: ")
+    _supported.add(device)
+    return None

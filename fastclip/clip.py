@@ -181,9 +181,10 @@ def get_total_norm(
     norm_type = _to_float(norm_type, "norm_type")
     _check_norm_dtype(norm_dtype)
     grads = gradients.of(tensors, foreach, process_group, is_duplicate, gradients=False, writes=False)
+    if not error_if_nonfinite:
+        return grads.returned_norm(norm_type, norm_dtype)
     total_norm = grads.total_norm(norm_type)
-    if error_if_nonfinite:
-        grads.check_finite(total_norm, norm_type)
+    grads.check_finite(total_norm, norm_type)
     return grads.finish(total_norm, norm_dtype)
 
 

@@ -1,6 +1,7 @@
-"""The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, with native/cuda_on_cpu in CUDA's place.
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, with native/cuda_on_cpu as the driver.
 
-What that proves and what not is said in native/cuda_on_cpu/cuda_runtime.h.
+The host code is what a library has, under a driver (libcuda.cpp) that lets the CPU run the device code. What that proves
+and what not is said in native/cuda_on_cpu/cuda_runtime.h.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from fastclip.backends import cpu
 ROOT = Path(__file__).parents[1]
 HEADERS = Path(__file__).parent / "native" / "cuda_on_cpu"
 NAMESPACE = "fastclip_cuda_on_cpu"
-# A misaligned access ends in cuda_runtime.h.
 FLAGS = (
-    *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fsanitize=alignment"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", f"-I{HEADERS}"),
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"),
 )
+TORCH = ("-shared", "-Wl,--no-as-needed", str(Path(torch.__file__).parent / "lib" / "libtorch.so"))
+# A misaligned access ends in cuda_runtime.h.
+DEVICE_FLAGS = ("-fsanitize=alignment", f"-I{HEADERS}")
 
 
 def compiler() -> list[str] | None:
@@ -49,9 +52,9 @@ def unavailable() -> str | None:
     return None if compiler() else "no C++ compiler"
 
 
-def build(name: str, sources: list[Path], *link: str) -> Path:
+def build(name: str, sources: list[Path], *link: str, flags: tuple[str, ...] = DEVICE_FLAGS) -> Path:
     """Compile and link, unless the same files have been; return the result, in build/."""
-    command = [*compiler(), *FLAGS]
+    command = [*compiler(), *FLAGS, *flags]
     version = subprocess.run([*compiler(), "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(repr((command, sources, link, version)).encode())
     for path in sorted(path for folder in (ROOT / "csrc", HEADERS.parent) for path in folder.rglob("*.*")):
@@ -82,18 +85,43 @@ class Launch(NamedTuple):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """Build and load the kernels, and register them."""
-    cuda = ROOT / "csrc" / "cuda"
-    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *ROOT.glob("csrc/*.cpp"), HEADERS / "torch_cuda.cpp"]
-    libtorch = Path(torch.__file__).parent / "lib" / "libtorch.so"
-    loaded = ctypes.CDLL(str(build("library", sources, "-shared", "-Wl,--no-as-needed", str(libtorch))))
-    loaded.fastclip_cuda_init.restype = loaded.fastclip_cuda_unsupported.restype = ctypes.c_char_p
+def driver() -> ctypes.CDLL:
+    """Build and load the driver that runs kernels on the CPU."""
+    loaded = ctypes.CDLL(str(build("libcuda", [HEADERS / "libcuda.cpp"], "-shared", "-ldl")))
     loaded.cuda_on_cpu_barrier.restype = ctypes.c_char_p
     loaded.cuda_on_cpu_launch.restype = ctypes.POINTER(3 * ctypes.c_uint)
-    loaded.definitions = _ops.define(NAMESPACE)
-    error = loaded.fastclip_cuda_init(NAMESPACE.encode(), b"CPU")
+    return loaded
+
+
+def built() -> Path:
+    """Build the host code with torch's functions for CUDA."""
+    sources = [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *ROOT.glob("csrc/*.cpp")]
+    sources += [HEADERS / "images.cpp", HEADERS / "torch_cuda.cpp"]
+    # Calls of torch's functions for CUDA stay in the library.
+    return build("library", sources, "-Wl,-Bsymbolic", *TORCH, "-ldl", flags=())
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a library of the host code under the driver."""
+    loaded = ctypes.CDLL(str(path))
+    for name in ("open_driver", "init", "unsupported"):
+        getattr(loaded, f"fastclip_cuda_{name}").restype = ctypes.c_char_p
+    error = loaded.fastclip_cuda_open_driver(driver()._name.encode())
     assert error is None, error
+    return loaded
+
+
+def register(loaded: ctypes.CDLL, namespace: str) -> None:
+    loaded.definitions = _ops.define(namespace)
+    error = loaded.fastclip_cuda_init(namespace.encode(), b"CPU")
+    assert error is None, error
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Build and load the library, and register its ops."""
+    loaded = open_library(built())
+    register(loaded, NAMESPACE)
     return loaded
 
 
@@ -120,10 +148,14 @@ def backend() -> ModuleType:
 
 
 @contextlib.contextmanager
-def use(multiprocessors: int = 2, blocks: int = 2, seed: int = 1, dropped_barrier: int = -1):
-    """Force the backend, on a device of so many multiprocessors with so many resident blocks each."""
+def use(blocks: int = 4, seed: int = 1, dropped_barrier: int = -1, wide: bool = True):
+    """Force the backend, on a device that runs so many blocks of a grid, which have to do the work of all.
+
+    Whether it is `wide`, with float64 at half the rate of float32, decides how norms are summed.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    library().cuda_on_cpu_configure(multiprocessors, blocks, seed, dropped_barrier)
+    library()
+    driver().cuda_on_cpu_configure(blocks, 2 if wide else 64, seed, dropped_barrier)
     token = _dispatch._chosen.set(backend())
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN
     try:
@@ -131,24 +163,24 @@ def use(multiprocessors: int = 2, blocks: int = 2, seed: int = 1, dropped_barrie
     finally:
         _dispatch._chosen.reset(token)
         torch.use_deterministic_algorithms(deterministic)
-        assert library().cuda_on_cpu_device_guards() == library().cuda_on_cpu_last_error() == 0
+        assert library().cuda_on_cpu_device_guards() == driver().cuda_on_cpu_contexts() == 0
 
 
 @contextlib.contextmanager
 def failing(calls: int, error: int = 719):
-    """Let the call of CUDA's runtime after so many others fail."""
-    library().cuda_on_cpu_fail(calls, error)
+    """Let the launch after so many others fail."""
+    driver().cuda_on_cpu_fail(calls, error)
     try:
         yield
     finally:
-        library().cuda_on_cpu_fail(-1, error)
+        driver().cuda_on_cpu_fail(-1, error)
 
 
 def barriers() -> list[str]:
     """Return the places of the barriers that kernels have come to so far."""
-    return [library().cuda_on_cpu_barrier(i).decode() for i in range(library().cuda_on_cpu_barriers())]
+    return [driver().cuda_on_cpu_barrier(i).decode() for i in range(driver().cuda_on_cpu_barriers())]
 
 
 def launches() -> list[Launch]:
     """Return the launches since the last call."""
-    return [Launch(*library().cuda_on_cpu_launch(i).contents) for i in range(library().cuda_on_cpu_launches())]
+    return [Launch(*driver().cuda_on_cpu_launch(i).contents) for i in range(driver().cuda_on_cpu_launches())]

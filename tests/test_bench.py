@@ -1,5 +1,6 @@
 """python -m fastclip bench: the cases are the real models, the gate is strict, and what it writes is complete."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -12,7 +13,7 @@ import torch
 import fastclip
 from conftest import BACKENDS
 from fastclip import _dispatch, bench
-from fastclip.bench import bars, main, providers, run, timing
+from fastclip.bench import bars, device, main, providers, run, timing
 from fastclip.bench.cases import EACH, REGIMES, Case, cases, gpu_cases
 from fastclip.bench.gradients import Gradients
 from fastclip.bench.providers import BASELINE, Provider
@@ -208,6 +209,39 @@ def test_chart_without_matplotlib_is_refused_before_any_work(monkeypatch, capsys
     assert "pip install 'torch-fastclip[bench]'" in capsys.readouterr().err
 
 
+def test_a_run_that_is_cut_keeps_its_cases(h100, monkeypatch, tmp_path):
+    """Tables and rows are there after every case, and are whole; without matplotlib there is no chart, and no error."""
+    monkeypatch.setattr(bench, "_can_draw", lambda: False)
+    arguments = ["--device", "cuda", "--case=2000-tiny", "--case=lora-8b-r16", "--save", str(tmp_path / "saved")]
+    rows = tmp_path / "rows.json"
+
+    def measured(case, *_):
+        done.append(case.name)
+        if cut and len(done) == 2:
+            raise KeyboardInterrupt
+        return [fabricated(case.name)]
+
+    monkeypatch.setattr(bench, "run_case", measured)
+    done, cut = [], True
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--json", str(rows)])
+    assert [row["case"] for row in json.loads(rows.read_text())["rows"]] == done[:1]
+    (table,) = (tmp_path / "saved").iterdir()
+    assert f"## {done[0]}" in table.read_text()
+    cut = False
+    assert main([*arguments, "--json", str(rows)]) == 0
+    assert len(json.loads(rows.read_text())["rows"]) == 2
+    assert [path.suffix for path in (tmp_path / "saved").iterdir()] == [".md"]
+
+
+def test_bars_alone_do_not_fail_a_run(h100, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "run_case", lambda case, *_: [fabricated(case.name, host_ms=99.0)])
+    arguments = ["--device", "cuda", "--case=2000-tiny"]
+    assert main([*arguments, "--bars", "--json", str(tmp_path / "rows.json")]) == 0
+    assert "miss" in {bar["verdict"] for bar in json.loads((tmp_path / "rows.json").read_text())["bars"]}
+    assert main([*arguments, "--check-bars"]) == 1
+
+
 def test_measure_interleaves_and_keeps_prepare_out():
     calls = []
     entries = [Entry(n, lambda n=n: calls.append(n), lambda n=n: calls.append(f"prepare {n}")) for n in "abc"]
@@ -327,6 +361,29 @@ def test_gate_does_not_mix_dtypes():
     assert gradients.differences(REGIMES[0], torch.tensor(gradients.total_norm)).startswith("gradient 1 (3,)")
 
 
+def test_details_of_a_gpu(clockwork, monkeypatch):
+    """Launches of one call, a replay, and warm caches; a call that cannot be captured has no time as a graph."""
+    calls = []
+    event = SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name="norm_kernel")
+    sync = SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, name="Stream Sync")
+    profile = SimpleNamespace(events=lambda: [event, event, sync, SimpleNamespace(device_type=None, name="host")])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profile))
+    graph = SimpleNamespace(replay=lambda: calls.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    entry = Entry("x", lambda: calls.append("call"), lambda: calls.append("cold"))
+    found = device.details(entry, lambda: calls.append("warm"))
+    assert found == {"launches": 2, "graph_ms": 1.5, "warm_ms": 1.5}
+    assert calls.count("warm") == 2 * 9
+    assert calls[-2:] == ["cold", "replay"]
+
+    def refuse(graph):
+        raise RuntimeError("a wait")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert device.details(entry, lambda: None)["graph_ms"] is None
+
+
 def test_every_bar_has_a_case_and_a_regime():
     regimes = {regime.name for regime in REGIMES}
     for table, listed in ((bars.CPU_BARS, cases()), (bars.GPU_BARS, gpu_cases())):
@@ -368,16 +425,17 @@ def test_report_of_a_gpu(h100, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(time, "strftime", lambda _: "2000-01-01")
 
-    def measured(case, regimes, everyone, plan, device, cold):
-        assert (device.type, cold, plan.budget_s) == ("cuda", True, 1.0)
+    def measured(case, regimes, everyone, plan, device, cold, details):
+        assert (device.type, cold, details, plan.budget_s) == ("cuda", True, True, 1.0)
         assert [p.name for p in everyone] == ["fastclip cuda"]
         red = {"ms": None, "check": "norm is 1"} if case.name == "lora-8b-r16" else {}
-        return [fabricated(case.name, **red), fabricated(case.name, provider="fastclip triton")]
+        more = {"warm_ms": 1.75, "graph_ms": None, "launches": 3}
+        return [fabricated(case.name, **more, **red), fabricated(case.name, provider="fastclip triton")]
 
     monkeypatch.setattr(bench, "run_case", measured)
     cases = [f"--case={name}" for name in ("2000-tiny", "lora-8b-r16")]
     rows, folder = tmp_path / "rows.json", tmp_path / "saved"
-    assert main(["--device", "cuda", *cases, "--check-bars", "--save", str(folder), "--json", str(rows)]) == 1
+    assert main(["--device", "cuda", *cases, "--details", "--save", str(folder), "--bars", "--json", str(rows)]) == 1
     saved = {path.suffix: path for path in folder.iterdir()}
     assert set(saved) == {".md", ".png"}
     assert {path.stem for path in saved.values()} == {"2000-01-01-nvidia-h100-80gb-hbm3"}
@@ -386,9 +444,9 @@ def test_report_of_a_gpu(h100, monkeypatch, tmp_path, capsys):
     assert [bar["verdict"] for bar in report["bars"] if bar["case"] == "2000-tiny"] == ["not measured", "pass"]
     text = saved[".md"].read_text()
     assert "2000-01-01, NVIDIA H100 80GB HBM3 (132 SMs, 50 MB of L2), CUDA " in text
-    assert "| ms | p10 - p90 | host ms | ratio | GB/s | of copy |" in text
-    assert "| fastclip cuda | 2.000 | 1.000 - 3.000 | 0.250 | 4.00 | 8.0 | 0.95 |" in text
-    assert "| norm-clip | fastclip cuda |  |  |  |  |  |  |  | RED: norm is 1 |" in text
+    assert "| ms | p10 - p90 | host ms | warm ms | graph ms | launches | ratio | GB/s | of copy |" in text
+    assert "| fastclip cuda | 2.000 | 1.000 - 3.000 | 0.250 | 1.750 |  | 3 | 4.00 | 8.0 | 0.95 |" in text
+    assert "| norm-clip | fastclip cuda |  |  |  |  |  |  |  |  |  |  | RED: norm is 1 |" in text
     assert saved[".png"].read_bytes().startswith(b"\x89PNG")
     assert "host ms" in capsys.readouterr().out
 

@@ -288,7 +288,7 @@ def test_a_source_tree_that_hides_an_installed_copy_is_named(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("built", "said"),
-    [(None, "is not in this install, which is pure Python"), ("{}", "was not built (no nvcc at install time)")],
+    [(None, "is not in this install, which is pure Python"), ("{}", "was not built (no NVRTC at install time)")],
     ids=["pure", "without CUDA"],
 )
 def test_why_an_installed_library_is_missing(tmp_path, monkeypatch, built, said):
@@ -297,7 +297,7 @@ def test_why_an_installed_library_is_missing(tmp_path, monkeypatch, built, said)
         (tmp_path / "build.json").write_text(built)
     _install.facts.cache_clear()
     try:
-        assert said in _install.why_not_built("libfastclip_cuda.so", "nvcc")
+        assert said in _install.why_not_built("libfastclip_cuda.so", "NVRTC")
     finally:
         _install.facts.cache_clear()
 

@@ -2,11 +2,10 @@
 // functions.
 #include "../engine.h"
 
-#include <stdexcept>
-
 #include "../abi.h"
 #include "../entry.h"
 #include "passes.h"
+#include "runtime.h"
 
 namespace fastclip::cuda {
 namespace {
@@ -24,19 +23,19 @@ class DeviceGuard {
 };
 
 // What a pass needs of torch for as long as it is queued: its device as the current one, that device's stream, and
-// memory of torch's allocator, which given back is used again on the same stream only.
+// memory of torch's allocator where it asks for some, which given back is used again on the same stream only.
 struct Call {
   const DeviceGuard guard;
-  const OwnedTensor memory;
-  double* const scratch;
+  OwnedTensor memory;
+  double* scratch = nullptr;
   Queue queue;
 
-  Call(Device device, int64_t scratch_size)
-      : guard(device.index),
-        memory(new_tensor(scratch_size, Dtype::kFloat64, device)),
-        scratch(static_cast<double*>(data_of(memory))),
-        queue{device.index, nullptr} {
+  explicit Call(Device device) : guard(device.index), queue{device.index, nullptr} {
     FASTCLIP_CALL(aoti_torch_get_current_cuda_stream, device.index, &queue.stream);
+  }
+  Call(Device device, int64_t scratch_size) : Call(device) {
+    memory = new_tensor(scratch_size, Dtype::kFloat64, device);
+    scratch = static_cast<double*>(data_of(memory));
   }
 };
 
@@ -54,25 +53,29 @@ constexpr Engine kEngine = {
       const Call call(tensors.device, scratch_size(tensors.views));
       norms(tensors.views, norm_type, call.scratch, out, call.queue);
     },
+    [](const Tensors& tensors, double* table, Number partial) {
+      const Call call(tensors.device, 4 * scratch_size(tensors.views));
+      stats(tensors.views, call.scratch, table, partial, call.queue);
+    },
     [](const Tensors& tensors, Number coef, bool zero) {
-      const Call call(tensors.device, 1);
-      scale(tensors.views, coef, zero, call.scratch, call.queue);
+      const Call call(tensors.device);
+      scale(tensors.views, coef, zero, call.queue);
     },
     [](const Tensors& tensors, const double* coefs) {
-      const Call call(tensors.device, 1);
+      const Call call(tensors.device);
       scale_each(tensors.views, coefs, call.queue);
     },
     [](const Tensors& tensors) {
-      const Call call(tensors.device, 1);
+      const Call call(tensors.device);
       sanitize(tensors.views, call.queue);
     },
     [](const Tensors& tensors, double max_norm, Number norm) {
-      const Call call(tensors.device, 1);
-      clip_with_norm(tensors.views, max_norm, norm, call.scratch, call.queue);
+      const Call call(tensors.device);
+      clip_with_norm(tensors.views, max_norm, norm, call.queue);
     },
     [](const Tensors& tensors, double low, double high) {
-      const Call call(tensors.device, 1);
-      clamp(tensors.views, low, high, call.scratch, call.queue);
+      const Call call(tensors.device);
+      clamp(tensors.views, low, high, call.queue);
     },
     [](const Tensors& tensors, const Clip& clip, Number norm) {
       const Call call(tensors.device, scratch_size(tensors.views));
@@ -85,20 +88,21 @@ constexpr Engine kEngine = {
 
 using namespace fastclip;
 
-// The version of CUDA that the driver has to serve, as 1000 * major + 10 * minor.
-FASTCLIP_EXPORT int fastclip_cuda_runtime_version() { return cuda::runtime_version(); }
+// Called first: opens the driver's library, and starts nothing. Returns null, or why it cannot be used.
+FASTCLIP_EXPORT const char* fastclip_cuda_open_driver(const char* name) {
+  return error_of([&] { cuda::open_driver(name); });
+}
 
-// Called once after loading: registers the kernels for a namespace under a dispatch key. Returns null, or what went
-// wrong.
+// Called once after that: registers the kernels for a namespace under a dispatch key. Returns null, or what went wrong.
 FASTCLIP_EXPORT const char* fastclip_cuda_init(const char* ns, const char* key) {
   return error_of([&] { Ops<cuda::kEngine>::enroll(ns, key); });
 }
 
-// Why a device cannot run the kernels; null where it can.
+// Loads the kernels for a device. Returns null, or why it cannot run them.
 FASTCLIP_EXPORT const char* fastclip_cuda_unsupported(int device) {
   return error_of([&] {
     const cuda::DeviceGuard guard(device);
-    if (const char* reason = cuda::unsupported()) throw std::runtime_error(reason);
+    cuda::load_kernels(device);
   });
 }
 

@@ -3,11 +3,10 @@
 
 #include "chunk_table.h"
 #include "element.cuh"
+#include "kernels.h"
 #include "reduce.cuh"
 
 namespace fastclip::cuda {
-
-constexpr int kFinishThreads = 1024;
 
 // What a float32 sum of squares must reach so that those below float32's range cannot matter: 65,536 errors of 2^-150
 // are 2^-44 of it.
@@ -23,49 +22,66 @@ struct Pair {
     error += (sum - (total - part)) + (x - part);
     sum = total;
   }
-  __device__ void add_square(float x, bool exact) {
+  __device__ void add_square(float x) {
     const float square = x * x;
-    if (!exact) error += fmaf(x, x, -square);
+    error += fmaf(x, x, -square);
     add(square);
+  }
+  // The same bits where float32 holds the square.
+  __device__ void add_exact_square(float x) {
+    const float total = fmaf(x, x, sum), part = total - sum;
+    error += (sum - (total - part)) + fmaf(x, x, -part);
+    sum = total;
   }
   __device__ double wide() const { return double{sum} + double{error}; }
 };
 
 template <NormKind kKind>
-__device__ double wide_term(double x, double p) {
-  x = fabs(x);
-  if (kKind == NormKind::kSquares) return x * x;
-  if (kKind == NormKind::kAbs) return x;
-  return exp2(p * log2(x));  // log2(0) is -inf, as it has to be
+__device__ double add_wide(double sum, double x, double p) {
+  if (kKind == NormKind::kSquares) return fma(x, x, sum);
+  if (kKind == NormKind::kAbs) return sum + fabs(x);
+  return sum + exp2(p * log2(fabs(x)));  // log2(0) is -inf, as it has to be
 }
 
 __device__ inline double block_sum(double x) {
   return block_reduce<kThreads>(x, [](double a, double b) { return a + b; });
 }
 
-// The edges in float64.
-template <NormKind kKind, class E>
-__device__ double edge_sum(const Run<E>& run, double p) {
+// Sees no element beside the sum.
+struct NoLook {
+  template <class Bits>
+  __device__ void operator()(Bits) const {}
+};
+
+// The edges in float64. `look` is called with the bits of each element, once.
+template <NormKind kKind, class E, class Look = NoLook>
+__device__ double edge_sum(const Run<E>& run, double p, const Look& look = {}) {
   double sum = 0;
-  run.for_each_edge([&](const typename E::Storage* place) { sum += wide_term<kKind>(E::widen(*place), p); });
+  run.for_each_edge([&](const typename E::Storage* place) {
+    look(*place);
+    sum = add_wide<kKind>(sum, E::widen(*place), p);
+  });
   return sum;
 }
 
-template <NormKind kKind, class E>
-__device__ double wide_sum(const Run<E>& run, double p) {
-  double sum = edge_sum<kKind>(run, p);
+template <NormKind kKind, class E, class Look = NoLook>
+__device__ double wide_sum(const Run<E>& run, double p, const Look& look = {}) {
+  double sum = edge_sum<kKind>(run, p, look);
   run.for_each_vector([&](const Vector<E>& vector, const Vector<E>*) {
 #pragma unroll
-    for (int i = 0; i < Vector<E>::kLanes; ++i) sum += wide_term<kKind>(E::widen(vector.lanes[i]), p);
+    for (int i = 0; i < Vector<E>::kLanes; ++i) {
+      look(vector.lanes[i]);
+      sum = add_wide<kKind>(sum, E::widen(vector.lanes[i]), p);
+    }
   });
   return block_sum(sum);
 }
 
 // sum x^2 or sum |x| of a chunk.
-template <NormKind kKind, class E>
-__device__ double sum_of(const Run<E>& run) {
+template <NormKind kKind, class E, class Look = NoLook>
+__device__ double sum_of(const Run<E>& run, const Look& look = {}) {
   if constexpr (sizeof(typename E::Opmath) == sizeof(double)) {
-    return wide_sum<kKind>(run, 0);
+    return wide_sum<kKind>(run, 0, look);
   } else {
     constexpr bool kExactSquares = sizeof(typename E::Storage) == 2;
     constexpr uint32_t kMagnitudes = sizeof(typename E::Storage) == 2 ? 0x7fff7fff : 0x7fffffff;
@@ -75,14 +91,17 @@ __device__ double sum_of(const Run<E>& run) {
       seen |= any_bits(vector);
 #pragma unroll
       for (int i = 0; i < Vector<E>::kLanes; ++i) {
+        look(vector.lanes[i]);
         const float x = E::widen(vector.lanes[i]);
-        if (kKind == NormKind::kSquares)
-          pair.add_square(x, kExactSquares);
-        else
+        if (kKind == NormKind::kAbs)
           pair.add(fabsf(x));
+        else if (kExactSquares)
+          pair.add_exact_square(x);
+        else
+          pair.add_square(x);
       }
     });
-    const double sum = block_sum(pair.wide() + edge_sum<kKind>(run, 0));
+    const double sum = block_sum(pair.wide() + edge_sum<kKind>(run, 0, look));
     const double least = kKind == NormKind::kSquares ? kLeastSumOfSquares : 0;
     if (sum >= least) return sum;
     // Float32 lost squares below its range, or overflowed, which makes the pair NaN; unless the body is all zero, as
@@ -132,20 +151,12 @@ __device__ double extreme_of(const Run<E>& run, NormKind kind) {
 template <class E>
 __device__ double powers_of(const Run<E>& run, double p, double unit) {
   double sum = 0;
-  run.for_each_element([&](double x) { sum += wide_term<NormKind::kPow>(x / unit, p); });
+  run.for_each_element([&](double x) { sum = add_wide<NormKind::kPow>(sum, x / unit, p); });
   return block_sum(sum);
 }
 
-struct NormArguments {
-  double* partials;
-  double p;
-};
-
-// kExtreme is max, min or count, by p: inf, -inf, 0. kPowNorm has the norms of chunks as partials.
-enum class NormPass { kSquares, kAbs, kExtreme, kPow, kPowNorm };
-
 template <NormPass kPass, class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     norm_kernel(const __grid_constant__ Arguments<NormArguments, AnyTable> arguments) {
   const double p = arguments.own.p;
   const NormKind kind = p == 0 ? NormKind::kCount : p > 0 ? NormKind::kMax : NormKind::kMin;
@@ -157,6 +168,10 @@ __global__ void __launch_bounds__(kThreads, 4)
         return sum_of<NormKind::kSquares>(run);
       else if constexpr (kPass == NormPass::kAbs)
         return sum_of<NormKind::kAbs>(run);
+      else if constexpr (kPass == NormPass::kWideSquares)
+        return wide_sum<NormKind::kSquares>(run, 0);
+      else if constexpr (kPass == NormPass::kWideAbs)
+        return wide_sum<NormKind::kAbs>(run, 0);
       else if constexpr (kPass == NormPass::kExtreme)
         return extreme_of(run, kind);
       else if constexpr (kPass == NormPass::kPow)
@@ -174,14 +189,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// The same for one tensor with holes.
-struct StridedNormArguments {
-  NormArguments own;
-  NormKind kind;
-  bool are_norms;
-  StridedTable table;
-};
-
 // Calls f(bits) for a thread's share of chunk i.
 template <class E, class F>
 __device__ void for_each_strided(const StridedTable& table, int64_t i, const F& f) {
@@ -196,11 +203,11 @@ __device__ double strided_sum(const StridedTable& table, int64_t i, NormKind kin
   for_each_strided<E>(table, i, [&](typename E::Storage bits) {
     const double x = E::widen(bits);
     if (kind == NormKind::kSquares)
-      sum += wide_term<NormKind::kSquares>(x, 0);
+      sum = add_wide<NormKind::kSquares>(sum, x, 0);
     else if (kind == NormKind::kAbs)
-      sum += wide_term<NormKind::kAbs>(x, 0);
+      sum = add_wide<NormKind::kAbs>(sum, x, 0);
     else
-      sum += wide_term<NormKind::kPow>(x / unit, p);
+      sum = add_wide<NormKind::kPow>(sum, x / unit, p);
   });
   return block_sum(sum);
 }
@@ -237,44 +244,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct FinishArguments {
-  const double* partials;
-  int64_t slots;
-  Clip clip;
-  Number norm;
-  double* clip_coef;  // null: not asked for
-  NormKind kind;
-};
+// Combines partials in an order that no block's size changes: every 1,024th by a thread of the largest block, then the
+// threads. Eight loads are in flight before the first is used.
+template <int kBlock, NormKind kKind>
+__device__ double folded(const double* partials, int64_t slots) {
+  constexpr int kLoads = 8, kEach = kFinishThreads / kBlock;
+  const auto both = [](double a, double b) { return combine(kKind, a, b); };
+  double each[kEach];
+#pragma unroll
+  for (double& x : each) x = identity(kKind);
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < slots; i += kLoads * kBlock) {
+    double loaded[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) loaded[k] = i + k * kBlock < slots ? partials[i + k * kBlock] : identity(kKind);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) each[k % kEach] = both(each[k % kEach], loaded[k]);
+  }
+  return block_reduce<kBlock>(each, both);
+}
 
-// What becomes of the partials: their combination, the norm by its root, or the norm of kPow where they are norms.
-enum class Finish { kPartial, kRoot, kCombineNorms };
-
-__device__ inline double combined(NormKind kind, const double* partials, int64_t slots) {
-  double x = identity(kind);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < slots; i += kFinishThreads) x = combine(kind, x, partials[i]);
-  return block_reduce<kFinishThreads>(x, [kind](double a, double b) { return combine(kind, a, b); });
+template <int kBlock>
+__device__ double combined(NormKind kind, const double* partials, int64_t slots) {
+  if (kind == NormKind::kMax) return folded<kBlock, NormKind::kMax>(partials, slots);
+  if (kind == NormKind::kMin) return folded<kBlock, NormKind::kMin>(partials, slots);
+  return folded<kBlock, NormKind::kSquares>(partials, slots);  // a sum, as of all others
 }
 
 __device__ inline double combined_norms(double p, const double* norms, int64_t slots) {
-  const double unit = power_unit(combined(unit_kind(p), norms, slots));
+  const double unit = power_unit(combined<kFinishThreads>(unit_kind(p), norms, slots));
   double sum = 0;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < slots; i += kFinishThreads) sum += wide_term<NormKind::kPow>(norms[i] / unit, p);
+  for (int64_t i = threadIdx.x; i < slots; i += kFinishThreads) sum = add_wide<NormKind::kPow>(sum, norms[i] / unit, p);
   sum = block_reduce<kFinishThreads>(sum, [](double a, double b) { return a + b; });
   return root_in(unit, sum, p);
 }
-
-// Tensors in a row of the list, each with its own slots.
-struct FinishEachArguments {
-  const double* partials;
-  double* norms;
-  double p;
-  uint32_t tensors;
-  NormKind kind;
-  bool are_norms;
-  uint32_t ends[LongTable::kCapacity];  // slots of a tensor and of all before it
-};
 
 // The norm of each tensor alone. A warp takes one at a time: most tensors have few slots.
 __global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_constant__ FinishEachArguments arguments) {
@@ -292,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_cons
     double norm;
     if (arguments.are_norms) {
       const double unit = power_unit(reduce(unit_kind(p), [](double x) { return x; }));
-      const double sum = reduce(NormKind::kPow, [=](double x) { return wide_term<NormKind::kPow>(x / unit, p); });
+      const double sum = reduce(NormKind::kPow, [=](double x) { return add_wide<NormKind::kPow>(0, x / unit, p); });
       norm = root_in(unit, sum, p);
     } else {
       norm = root(kind, reduce(kind, [](double x) { return x; }), p);
@@ -301,25 +305,32 @@ __global__ void __launch_bounds__(kThreads) finish_each_kernel(const __grid_cons
   }
 }
 
+// What the gradients are multiplied by, from their norm. One thread of the launch `writes` what the caller is told.
+__device__ inline double finish_clip(double norm, const FinishArguments& arguments, bool writes) {
+  const Clip& clip = arguments.clip;
+  const Number number = clip.inv_scale;
+  const double inv_scale = number.data == nullptr ? 1.0 : load_scalar(number.data, number.dtype);
+  norm = scaled_norm(norm, clip.norm_type, inv_scale);
+  if (writes && clip.found_inf.data != nullptr)
+    *static_cast<float*>(clip.found_inf.data) = is_finite(norm) ? 0.0f : 1.0f;
+  if (writes) store_scalar(arguments.norm.data, arguments.norm.dtype, norm);
+  return clip_factor(norm, inv_scale, clip);
+}
+
 template <Finish kFinish>
 __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const __grid_constant__ FinishArguments arguments) {
   double x;
   if constexpr (kFinish == Finish::kCombineNorms)
     x = combined_norms(arguments.clip.norm_type, arguments.partials, arguments.slots);
   else
-    x = combined(arguments.kind, arguments.partials, arguments.slots);
+    x = combined<kFinishThreads>(arguments.kind, arguments.partials, arguments.slots);
   if (threadIdx.x != 0) return;
   if (kFinish == Finish::kRoot) x = root(arguments.kind, x, arguments.clip.norm_type);
   if (kFinish != Finish::kPartial && arguments.slots == 0) x = 0;  // of nothing the norm is 0
-  if (arguments.clip_coef != nullptr) {
-    const Clip& clip = arguments.clip;
-    const Number number = clip.inv_scale;
-    const double inv_scale = number.data == nullptr ? 1.0 : load_scalar(number.data, number.dtype);
-    x = scaled_norm(x, clip.norm_type, inv_scale);
-    *arguments.clip_coef = clip_factor(x, inv_scale, clip);
-    if (clip.found_inf.data != nullptr) *static_cast<float*>(clip.found_inf.data) = is_finite(x) ? 0.0f : 1.0f;
-  }
-  store_scalar(arguments.norm.data, arguments.norm.dtype, x);
+  if (arguments.clip_coef != nullptr)
+    *arguments.clip_coef = finish_clip(x, arguments, true);
+  else
+    store_scalar(arguments.norm.data, arguments.norm.dtype, x);
 }
 
 }  // namespace fastclip::cuda

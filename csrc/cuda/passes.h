@@ -13,7 +13,7 @@ namespace fastclip::cuda {
 
 struct Queue {
   int device;
-  void* stream;  // cudaStream_t
+  void* stream;  // CUstream
 };
 
 // float64 numbers of scratch that a pass over the tensors takes.
@@ -30,9 +30,13 @@ void total_norm(const std::vector<TensorView>& tensors, double norm_type, double
 // norms[i] = the total norm of tensor i alone.
 void norms(const std::vector<TensorView>& tensors, double norm_type, double* scratch, double* norms, Queue queue);
 
+// table[4 i] = of tensor i sum |x|^2, max |x|, how many elements are not finite, and how many are 0; *partial = that of
+// norm_partial, to its bits. It takes four times the scratch.
+void stats(const std::vector<TensorView>& tensors, double* scratch, double* table, Number partial, Queue queue);
+
 // x *= coef; writes nothing where coef, rounded to the opmath type of the tensor, is 1. With `zero` a coef of 0 makes
 // zeros also of inf and NaN.
-void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, double* scratch, Queue queue);
+void scale(const std::vector<TensorView>& tensors, Number coef, bool zero, Queue queue);
 
 // The same with coefs[i] for tensor i.
 void scale_each(const std::vector<TensorView>& tensors, const double* coefs, Queue queue);
@@ -42,18 +46,13 @@ void sanitize(const std::vector<TensorView>& tensors, Queue queue);
 
 // x = min(max(x, lo), hi) with the bounds rounded to each tensor's dtype; writes only vectors that change.
 // The bounds have passed check_bound.
-void clamp(const std::vector<TensorView>& tensors, double lo, double hi, double* scratch, Queue queue);
+void clamp(const std::vector<TensorView>& tensors, double lo, double hi, Queue queue);
 
 // x *= clip_coef(*norm, max_norm), with the writes of scale.
-void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, double* scratch, Queue queue);
+void clip_with_norm(const std::vector<TensorView>& tensors, double max_norm, Number norm, Queue queue);
 
 // *norm = the norm of all that is asked for, then x *= clip_factor.
 void clip_grad_norm(const std::vector<TensorView>& tensors, const Clip& clip, double* scratch, Number norm,
                     Queue queue);
-
-// Why the current device cannot run the kernels; null where it can.
-const char* unsupported();
-// The version of CUDA, as 1000 * major + 10 * minor, that the kernels are compiled for.
-int runtime_version();
 
 }  // namespace fastclip::cuda

@@ -3,6 +3,8 @@
 
 #include "chunk_table.h"
 #include "element.cuh"
+#include "kernels.h"
+#include "reduce.cuh"
 
 namespace fastclip::cuda {
 
@@ -12,7 +14,7 @@ struct Scale {
   using Opmath = typename E::Opmath;
   Opmath clip_coef;
 
-  __device__ explicit Scale(const double* place) : clip_coef(static_cast<Opmath>(*place)) {}
+  __device__ explicit Scale(double coef) : clip_coef(static_cast<Opmath>(coef)) {}
   __device__ bool is_needed() const { return clip_coef != Opmath{1}; }
   // Whether x has to be written.
   __device__ bool operator()(typename E::Storage& x) const {
@@ -51,36 +53,60 @@ struct Sanitize {
   }
 };
 
-// What clamping does to an element: a NaN stays, and only what is out of bounds changes. A bound is rounded to the
-// dtype of the tensor as torch does, when it is stored.
-struct Bounds {
-  double low, high;
-};
+// What clamping does to an element: a NaN stays, and only what is out of bounds changes. Bounds are rounded to the
+// dtype of the tensor first, as torch does; all becomes the upper one where it is below the lower.
 template <class E>
 struct Clamp {
+  using Storage = typename E::Storage;
   using Opmath = typename E::Opmath;
-  Opmath low, high;
+  Storage low, high;
 
   __device__ explicit Clamp(const Bounds& bounds)
-      : low(static_cast<Opmath>(bounds.low)), high(static_cast<Opmath>(bounds.high)) {}
-  __device__ bool operator()(typename E::Storage& x) const {
-    const Opmath before = E::widen(x);
-    Opmath after = before < low ? low : before;
-    after = after > high ? high : after;
-    const bool changes = after < before || after > before;
-    if (changes) x = E::narrow(after);
-    return changes;
+      : low(E::narrow(static_cast<Opmath>(bounds.low))), high(E::narrow(static_cast<Opmath>(bounds.high))) {
+    if (E::widen(low) > E::widen(high)) low = high;
+  }
+  __device__ bool operator()(Storage& x) const {
+    const Storage before = x;
+    if (E::widen(before) < E::widen(low)) x = low;
+    if (E::widen(before) > E::widen(high)) x = high;
+    return x != before;
   }
 };
 
+// Changes the elements of a vector; whether it has to be written.
 template <class E, class Change>
-__device__ void write_run(const Run<E>& run, const Change& change) {
-  run.for_each_vector([&](Vector<E> vector, Vector<E>* place) {
-    bool changed = false;
+__device__ bool change_vector(Vector<E>& vector, const Change& change) {
+  bool changed = false;
 #pragma unroll
-    for (int i = 0; i < Vector<E>::kLanes; ++i) changed = change(vector.lanes[i]) || changed;
-    if (changed) store(place, vector);
-  });
+  for (int i = 0; i < Vector<E>::kLanes; ++i) changed = change(vector.lanes[i]) || changed;
+  return changed;
+}
+template <class E>
+__device__ bool change_vector(Vector<E>& vector, const Clamp<E>& clamp) {
+  const Vector<E> before = vector;
+  if constexpr (sizeof(typename E::Storage) == 2) {
+    const uint32_t low = clamp.low * 0x10001u, high = clamp.high * 0x10001u;
+    uint32_t words[kVectorBytes / sizeof(uint32_t)];
+    memcpy(words, &vector, sizeof(words));
+#pragma unroll
+    for (uint32_t& word : words) word = E::clamp_pair(word, low, high);
+    memcpy(&vector, words, sizeof(words));
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<E>::kLanes; ++i) clamp(vector.lanes[i]);
+  }
+  return differ(vector, before);
+}
+
+template <bool kBackwards, class E, class Change>
+__device__ void write_run(const Run<E>& run, const Change& change) {
+  const auto write = [&](Vector<E> vector, Vector<E>* place) {
+    if (change_vector(vector, change)) store(place, vector);
+  };
+  if constexpr (kBackwards)
+    run.for_each_vector_backwards(write);
+  else
+    run.for_each_vector(write);
   run.for_each_edge([&](typename E::Storage* place) {
     typename E::Storage x = *place;
     if (change(x)) *place = x;
@@ -95,83 +121,78 @@ __device__ void write_elements(const Run<E>& run, const Change& change) {
   for (int i = threadIdx.x; i < run.count(); i += kThreads) change(elements[i]);
 }
 
-struct ScaleArguments {
-  const double* clip_coef;
-  bool zero;  // whether a coefficient of 0 makes zeros also of inf and NaN
-};
+// All threads of the block have to call.
+__device__ inline double coefficient(const ScaleArguments& arguments) {
+  return in_first_thread([&] {
+    const double number =
+        arguments.number == nullptr ? arguments.value : load_scalar(arguments.number, arguments.dtype);
+    return arguments.is_norm ? clip_coef(number, arguments.value) : number;
+  });
+}
 
-// x *= *clip_coef for a chunk.
-__device__ inline void scale_chunk(const Chunk& chunk, const ScaleArguments& arguments) {
-  const double* const clip_coef = arguments.clip_coef;
+// x *= clip_coef for a chunk.
+__device__ inline void scale_chunk(const Chunk& chunk, double clip_coef, bool zero) {
   with_element(chunk.dtype, [&](auto element) {
     using E = decltype(element);
     const Run<E> run(chunk.data, chunk.count);
     const Scale<E> scale(clip_coef);
-    if (is_below_float32(*clip_coef))
-      write_elements(run, ScaleWide<E>{*clip_coef});
-    else if (arguments.zero && *clip_coef == 0)
+    if (is_below_float32(clip_coef))
+      write_elements(run, ScaleWide<E>{clip_coef});
+    else if (zero && clip_coef == 0)
       write_elements(run, Zero<E>());
     else if (scale.is_needed())
-      write_run(run, scale);
+      write_run<true>(run, scale);
   });
 }
 
+// The chunks of a table, the last first, and each from its end: what the norm read last is still in L2.
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__device__ void scale_chunks(const AnyTable& table, double clip_coef, bool zero) {
+  for (int64_t i = int64_t{table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x)
+    scale_chunk(find_chunk(table, static_cast<uint32_t>(i)), clip_coef, zero);
+}
+
+template <class AnyTable>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scale_kernel(const __grid_constant__ Arguments<ScaleArguments, AnyTable> arguments) {
-  const double* const clip_coef = arguments.own.clip_coef;
-  if (*clip_coef == 1) return;
-  // Backwards: what the norm read last is still in L2.
-  for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
-    scale_chunk(find_chunk(arguments.table, static_cast<uint32_t>(i)), arguments.own);
-  }
+  const double clip_coef = coefficient(arguments.own);
+  if (clip_coef != 1) scale_chunks(arguments.table, clip_coef, arguments.own.zero);
 }
 
 // The same with a coefficient for each tensor of the table.
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scale_each_kernel(const __grid_constant__ Arguments<const double*, AnyTable> arguments) {
   for (int64_t i = int64_t{arguments.table.chunks} - 1 - blockIdx.x; i >= 0; i -= gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, static_cast<uint32_t>(i));
-    const double* const coef = arguments.own + chunk.tensor;
-    if (*coef != 1) scale_chunk(chunk, {coef, false});
+    const double coef = arguments.own[chunk.tensor];
+    if (coef != 1) scale_chunk(chunk, coef, false);
   }
 }
 
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     clamp_kernel(const __grid_constant__ Arguments<Bounds, AnyTable> arguments) {
   for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, i);
     with_element(chunk.dtype, [&](auto element) {
       using E = decltype(element);
-      write_run(Run<E>(chunk.data, chunk.count), Clamp<E>(arguments.own));
+      write_run<false>(Run<E>(chunk.data, chunk.count), Clamp<E>(arguments.own));
     });
   }
 }
 
-struct SanitizeArguments {};
-
 template <class AnyTable>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sanitize_kernel(const __grid_constant__ Arguments<SanitizeArguments, AnyTable> arguments) {
   for (uint32_t i = blockIdx.x; i < arguments.table.chunks; i += gridDim.x) {
     const Chunk chunk = find_chunk(arguments.table, i);
     with_element(chunk.dtype, [&](auto element) {
       using E = decltype(element);
-      write_run(Run<E>(chunk.data, chunk.count), Sanitize<E>());
+      write_run<false>(Run<E>(chunk.data, chunk.count), Sanitize<E>());
     });
   }
 }
-
-// The same for one tensor with holes.
-enum class Write : uint8_t { kScale, kClamp, kSanitize };
-struct StridedWriteArguments {
-  Write write;
-  ScaleArguments scale;
-  Bounds bounds;
-  StridedTable table;
-};
 
 template <class E, class Change>
 __device__ void write_strided(const StridedTable& table, const Change& change) {
@@ -184,30 +205,18 @@ __device__ void write_strided(const StridedTable& table, const Change& change) {
 
 __global__ void __launch_bounds__(kThreads)
     strided_write_kernel(const __grid_constant__ StridedWriteArguments arguments) {
+  const double clip_coef = arguments.write == Write::kScale ? coefficient(arguments.scale) : 0;
   with_element(static_cast<Dtype>(arguments.table.dtype), [&](auto element) {
     using E = decltype(element);
-    const double* const clip_coef = arguments.scale.clip_coef;
-    if (arguments.write == Write::kClamp)
-      write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
-    else if (arguments.write == Write::kSanitize)
-      write_strided<E>(arguments.table, Sanitize<E>());
-    else if (is_below_float32(*clip_coef))
-      write_strided<E>(arguments.table, ScaleWide<E>{*clip_coef});
-    else if (arguments.scale.zero && *clip_coef == 0)
+    if (arguments.write == Write::kClamp) return write_strided<E>(arguments.table, Clamp<E>(arguments.bounds));
+    if (arguments.write == Write::kSanitize) return write_strided<E>(arguments.table, Sanitize<E>());
+    if (is_below_float32(clip_coef))
+      write_strided<E>(arguments.table, ScaleWide<E>{clip_coef});
+    else if (arguments.scale.zero && clip_coef == 0)
       write_strided<E>(arguments.table, Zero<E>());
     else if (const Scale<E> scale(clip_coef); scale.is_needed())
       write_strided<E>(arguments.table, scale);
   });
-}
-
-// The coefficient of the kernels above, from a number of any dtype or, where there is none, from `value`.
-__global__ void coef_kernel(double* clip_coef, const void* number, Dtype dtype, double value) {
-  *clip_coef = number != nullptr ? load_scalar(number, dtype) : value;
-}
-
-// The coefficient of a norm that is known.
-__global__ void norm_coef_kernel(double* coef, const void* norm, Dtype dtype, double max_norm) {
-  *coef = clip_coef(load_scalar(norm, dtype), max_norm);
 }
 
 }  // namespace fastclip::cuda

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the command line after the program's name; None takes it from `sys.argv`.
 
     Returns:
-        0, or 1 where a check was red or, with --check-bars, a measured bar is missed.
+        0, or 1 where a check was red or, with --check-bars, a measured bar is missed; --bars only shows them.
 
     Example:
         >>> main(["--quick", "--case", "lstm"])  # doctest: +SKIP
@@ -59,23 +59,23 @@ def main(argv: list[str] | None = None) -> int:
     if options.rounds:
         plan = Plan(budget_s=0.0, least=options.rounds, most=options.rounds)
 
-    conditions = report.conditions(argv, cold, device)
+    conditions = report.conditions(argv, cold, device) | ({"details": True} if options.details else {})
     result: dict[str, Any] = {"schema": 1, "conditions": conditions, "cases": [], "rows": []}
     print(report.conditions_line(conditions))
     header = report.header(conditions)
     for case in chosen.values():
-        rows = run_case(case, regimes, measured, plan, device, cold)
+        rows = run_case(case, regimes, measured, plan, device, cold, options.details)
         report.print_table(report.case_title(_entry(case)), header, [report.cells(row, header) for row in rows])
         result["cases"].append(_entry(case))
         result["rows"] += rows
-        _write(result, options)  # a run that is cut has told what it knew
+        _write_tables(result, options)  # a run that is cut keeps what it has
     failed = any(row["ms"] is None for row in result["rows"])
     if options.bars or options.check_bars:
         result["bars"] = bars.check(result["rows"], preferred.name, conditions)
         report.print_table(f"bars for {preferred.name}", bars.HEADER, bars.cells(result["bars"]))
         missed = any(bar["verdict"] == "miss" for bar in result["bars"])
         failed = failed or (options.check_bars and missed)
-    for path in _write(result, options):
+    for path in [*_write_tables(result, options), *_draw(result, options)]:
         print(f"wrote {path}")
     return int(failed)
 
@@ -89,20 +89,39 @@ def _entry(case: Case) -> dict[str, Any]:
     return {"name": case.name, "what": case.what, **sizes}
 
 
-def _write(result: dict[str, Any], options: argparse.Namespace) -> list[Path]:
-    saved = options.save and options.save / report.saved_name(result["conditions"])
-    writers = (
-        (options.json, None, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")),
-        (None, ".md", lambda path: path.write_text(report.markdown(result))),
-        (options.plot, ".png", lambda path: charts.ratio_chart(result, path)),
-    )
-    written = []
-    for named, suffix, write in writers:
-        for path in filter(None, (named, saved and suffix and saved.with_name(saved.name + suffix))):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
-            written.append(path)
-    return written
+def _saved(result: dict[str, Any], options: argparse.Namespace, suffix: str) -> list[Path]:
+    """Where --save puts a file of this kind."""
+    name = report.saved_name(result["conditions"])
+    return [options.save / (name + suffix)] if options.save else []
+
+
+def _write_tables(result: dict[str, Any], options: argparse.Namespace) -> list[Path]:
+    """Write rows and tables, each whole or not at all; return their paths."""
+    texts = {path: report.markdown(result) for path in _saved(result, options, ".md")}
+    if options.json:
+        texts[options.json] = json.dumps(result, indent=1) + "\n"
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(text)
+        beside.replace(path)
+    return list(texts)
+
+
+def _draw(result: dict[str, Any], options: argparse.Namespace) -> list[Path]:
+    """Draw the chart; return where."""
+    paths = [*([options.plot] if options.plot else []), *_saved(result, options, ".png")]
+    if paths and not _can_draw():
+        print("no chart: matplotlib is not installed")
+        return []
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        charts.ratio_chart(result, path)
+    return paths
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _file(text: str) -> Path:
@@ -164,20 +183,23 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, metavar="N", help="exactly N rounds instead of a time budget")
     add("--threads", type=int, metavar="N", help="torch's threads, which fastclip uses, too")
     add("--cold", action="store_true", help="evict the gradients from the cache before every timed call, as on a GPU")
-    add("--bars", action="store_true", help="compare with the required ratios, as a table")
-    add("--check-bars", action="store_true", help="the same; a miss exits with 1")
+    add("--bars", action="store_true", help="compare with the required numbers, as a table")
+    add("--check-bars", action="store_true", help="the same, and a miss exits with 1")
+    add("--details", action="store_true", help="on a GPU also launches, the replay of a graph, and warm caches")
     add("--json", type=_file, metavar="FILE", help="write the rows as JSON")
     add("--plot", type=_plot, metavar="FILE.png", help="draw the ratios to torch foreach")
     add(
         "--save",
         type=_folder,
         metavar="DIR",
-        help="write markdown and chart, named by date, and the GPU, or CPU and cores",
+        help="write markdown after every case and a chart at the end, named by date, and the GPU, or CPU and cores",
     )
     options = parser.parse_args(argv)
     for name, least in (("rounds", 2), ("threads", 1)):
         if (number := getattr(options, name)) is not None and number < least:
             parser.error(f"--{name} must be at least {least}, got {number}")
-    if (options.plot or options.save) and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot and --save need matplotlib, which is not installed: pip install 'torch-fastclip[bench]'")
+    if options.plot and not _can_draw():
+        parser.error("--plot needs matplotlib, which is not installed: pip install 'torch-fastclip[bench]'")
+    if options.details and device != "cuda":
+        parser.error("--details needs --device cuda")
     return options

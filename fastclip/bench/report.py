@@ -24,7 +24,9 @@ def header(conditions: dict[str, Any]) -> tuple[str, ...]:
     """The columns of the tables: on a GPU the host has one of its own."""
     gpu = "gpu" in conditions
     times = ("ms", "p10 - p90", *(("host ms",) if gpu else ()))
-    return ("regime", "provider", *times, "ratio", "GB/s", "of copy" if gpu else "of sum", "norm error", "check")
+    details = ("warm ms", "graph ms", "launches") if conditions.get("details") else ()
+    share = "of copy" if gpu else "of sum"
+    return ("regime", "provider", *times, *details, "ratio", "GB/s", share, "norm error", "check")
 
 
 def conditions(argv: list[str], cold: bool, device: torch.device) -> dict[str, Any]:
@@ -75,7 +77,10 @@ def cells(row: dict[str, Any], header: Sequence[str]) -> list[str]:
         texts["check"] = f"RED: {row['check']}"
     else:
         texts |= {"ms": _ms(row["ms"]), "p10 - p90": f"{_ms(row['p10'])} - {_ms(row['p90'])}"}
-        texts |= {"host ms": "" if row["host_ms"] is None else _ms(row["host_ms"])}
+        for name in ("host ms", "warm ms", "graph ms"):
+            ms = row.get(name.replace(" ", "_"))
+            texts[name] = "" if ms is None else _ms(ms)
+        texts["launches"] = str(row.get("launches", ""))
         texts |= {"ratio": "" if row["ratio"] is None else f"{row['ratio']:.2f}", "GB/s": f"{row['gbs']:.1f}"}
         texts |= dict.fromkeys(("of sum", "of copy"), f"{row['share']:.2f}")
         texts |= {"norm error": "" if row["norm_error"] is None else f"{row['norm_error']:.1e}"}
@@ -101,7 +106,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         bad = row[-1].startswith(("RED", "miss"))
         table.add_row(*row, style="bold red" if bad else None, end_section=bool(following and following[0] != row[0]))
     # A narrow terminal may wrap lines but must not shorten numbers.
-    Console(highlight=False, width=max(Console().width, 120)).print(table)
+    Console(highlight=False, width=max(Console().width, 12 * len(header))).print(table)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import device as on_device
 from .cases import Case, Regime
 from .gradients import Gradients
 from .providers import BASELINE, Provider
@@ -32,11 +33,18 @@ def _ceiling(gradients: Gradients, device: torch.device) -> Ceiling:
 
 
 def run_case(
-    case: Case, regimes: list[Regime], providers: list[Provider], plan: Plan, device: torch.device, cold: bool
+    case: Case,
+    regimes: list[Regime],
+    providers: list[Provider],
+    plan: Plan,
+    device: torch.device,
+    cold: bool,
+    details: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per regime and provider; `ms` is None where the gate was red, and `check` says what differed.
 
-    `cold` starts every timed call with the gradients out of the cache instead of read once.
+    `cold` starts every timed call with the gradients out of the cache instead of read once; `details` adds what
+    device.py finds on a GPU.
     """
     gradients = Gradients(case, device)
     scratch = torch.zeros(_COLD_BYTES // 4, device=device) if cold else None
@@ -52,6 +60,9 @@ def run_case(
         ]
         entries.append(Entry(ceiling.name, ceiling.call, scratch.sum if cold else gradients.read_flat))
         times = measure(entries, plan, device)
+        if details:
+            for entry in entries:
+                times[entry.name] |= on_device.details(entry, _prepare(regime, gradients, None))
         if regime.writes:
             gradients.restore()
         rows.append(_row(case, regime, ceiling.name, times, ceiling, None, ""))

@@ -202,6 +202,9 @@ class Gradients:
                 "set `error_if_nonfinite=False`"
             )
 
+    def returned_norm(self, norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
+        return self.finish(self.total_norm(norm_type), norm_dtype)
+
     def finish(self, total_norm: Tensor, norm_dtype: torch.dtype | None) -> Tensor:
         """The norm as it is returned."""
         return total_norm.to(norm_dtype or self.dtype)

@@ -55,6 +55,14 @@ class Plain(Gradients):
     def total_norm(self, norm_type: float) -> Tensor:
         return self._number(self._engine.total_norm, norm_type)
 
+    def returned_norm(self, norm_type: float, norm_dtype: torch.dtype | None) -> Tensor:
+        dtype = norm_dtype or self._dtypes[0]
+        if dtype not in DTYPES:
+            return self.finish(self.total_norm(norm_type), dtype)
+        norm = _empty(dtype, self._device)
+        self._engine.total_norm(self._views, norm_type, norm)
+        return norm
+
     def norms(self, norm_type: float) -> Tensor:
         norms = torch.empty(self._count, dtype=torch.float64, device=self._device)
         self._engine.norms(self._views, norm_type, norms)

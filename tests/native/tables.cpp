@@ -65,6 +65,34 @@ void strided() {
       check(offset_of(table, row * columns + column) == row * pitch + column, "offset", static_cast<uint64_t>(row));
 }
 
+// Below 2^31 elements places are found by multiplications.
+void small_strided() {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{{kMost},
+                                                                             {kMost, 1},
+                                                                             {1, kMost},
+                                                                             {3, kMost / 3},
+                                                                             {46341, 46340},
+                                                                             {7, 1, 641, 6700},
+                                                                             {65536, 32767},
+                                                                             {2, 3, 5}}) {
+    TensorView view{address(0), 1, nullptr, Dtype::kFloat32};
+    std::vector<Dim> dims(sizes.size());
+    int64_t pitch = 1;
+    for (size_t d = sizes.size(); d-- > 0; pitch = pitch * sizes[d] + 5) dims[d] = {sizes[d], pitch};
+    for (const int64_t size : sizes) view.numel *= size;
+    view.dims = std::make_unique<const std::vector<Dim>>(dims);
+    const StridedTable table(view);
+    for (int64_t k = 0; k < 4000; ++k) {
+      int64_t i = k < 1000 ? k : k < 2000 ? view.numel - 1 - (k - 1000) : k * 7919 * 104729;
+      i = (i % view.numel + view.numel) % view.numel;
+      int64_t expected = 0, left = i;
+      for (size_t d = dims.size(); d-- > 0; left /= sizes[d]) expected += left % sizes[d] * dims[d].stride;
+      check(offset_of(table, i) == expected, "offset in a small tensor", static_cast<uint64_t>(i));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -79,7 +107,8 @@ int main() {
   std::vector<std::pair<int64_t, Dtype>> many;
   for (int64_t i = 0; i < 10000; ++i)
     many.push_back({1 + i * 37 % (3 * kChunkSize), static_cast<Dtype>(i % kNumDtypes)});
-  table<2046>(many);
+  table<2040>(many);
   table<254>(many);
   strided();
+  small_strided();
 }
