@@ -1,6 +1,7 @@
 """The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, with native/cuda_on_cpu as the driver.
 
-The host code is what a library has, under a driver (libcuda.cpp) that lets the CPU run the device code. What that proves
+The host code is what a library has, under a driver (libcuda.cpp) that lets the CPU run the device code. What that
+proves
 and what not is said in native/cuda_on_cpu/cuda_runtime.h.
 """
 
