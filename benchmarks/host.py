@@ -103,7 +103,7 @@ def rows() -> list[tuple[str, float, float, float, str, float]]:
 
 
 def split(device: str) -> list[tuple[int, float, float, float, float]]:
-    """Of clip_grad_norm_ over so many tiny tensors, in us: all of it, reading the list, version counters, and the engine,
+    """Of clip_grad_norm_ over so many tiny tensors, in us: all of it, reading, version counters, and the engine,
     which fills tables and launches, or computes.
     """
     found = []
