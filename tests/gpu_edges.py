@@ -37,7 +37,7 @@ NAMES = {
 }
 NORM_TYPES = (2.0, 1.0, 3.0, math.inf, -math.inf, 0.0)
 # One past each table of a launch (csrc/cuda/chunk_table.h).
-COUNTS = (255, 2047)
+COUNTS = (255, 2041)
 
 
 def lists() -> dict[str, list[torch.Tensor]]:
