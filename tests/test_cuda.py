@@ -317,7 +317,9 @@ def test_a_norm_takes_no_op_of_torch(monkeypatch):
 @pytest.mark.parametrize("norm_type", KINDS)
 def test_blocks_that_end_the_norm_give_its_bits(norm_type):
     """Each combines the partials in the order in which the launch that does nothing else combines them."""
-    for count, wide in itertools.product((1, 31, 300, 1500), (True, False)):
+    # More than one partial for each of 1,024 sums.
+    counts = (1, 31, 300, 1100) if norm_type == 2 else (33,)
+    for count, wide in itertools.product(counts, (True, False)):
         grads = tiny(count)
         with on_cpu.use(wide=wide):
             norm = fastclip.get_total_norm(grads, norm_type, norm_dtype=torch.float64)
