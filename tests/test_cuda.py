@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastclip
+import gpu_edges
 import on_cpu
 import reference
 from cases import CASES, CHUNK, grid, in_turn, parameters, place, poison, random
@@ -372,6 +373,15 @@ def test_on_paper(program):
     program = on_cpu.build(program, [on_cpu.HEADERS.parent / f"{program}.cpp"])
     result = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_the_sanitizers_run():
+    """A few of the lists of gpu_edges.py; all of them take a GPU's time."""
+    made = gpu_edges.lists()
+    for name in ("misaligned", "step_two", "same_twice", "only_empties", "255 tensors"):
+        tensors = made[name]
+        with reference.during(name):
+            gpu_edges.check(tensors, torch.device("cpu"), on_cpu.backend())
 
 
 # Errors

@@ -20,9 +20,7 @@ from fastclip import _ops
 
 pytestmark = pytest.mark.skipif(on_cpu.unavailable() is not None, reason=str(on_cpu.unavailable()))
 # What was built beside the package, or another that is to be tested.
-SHIPPED = Path(
-    os.environ.get("FASTCLIP_TEST_CUDA_LIBRARY") or Path(fastclip.__file__).with_name("libfastclip_cuda.so")
-)
+SHIPPED = Path(os.environ.get("FASTCLIP_TEST_CUDA_LIBRARY") or Path(fastclip.__file__).with_name("libfastclip_cuda.so"))
 LOADING = (
     *("cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuCtxGetCurrent", "cuDevicePrimaryCtxRetain"),
     *("cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode", "cuLibraryLoadData", "cuLibraryGetKernel"),

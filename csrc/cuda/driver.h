@@ -38,23 +38,23 @@ struct CUlaunchConfig {
 #endif
 
 // FUNCTION(name, parameters), each by the name that it has in the library.
-#define FASTCLIP_DRIVER_FUNCTIONS(FUNCTION)                                                                           \
-  FUNCTION(cuDriverGetVersion, int* version)                                                                          \
-  FUNCTION(cuGetErrorString, CUresult error, const char** text)                                                       \
-  FUNCTION(cuInit, unsigned flags)                                                                                    \
-  FUNCTION(cuDeviceGet, CUdevice* device, int ordinal)                                                                \
-  FUNCTION(cuDeviceGetAttribute, int* value, CUdevice_attribute attribute, CUdevice device)                           \
-  FUNCTION(cuDevicePrimaryCtxRetain, CUcontext* context, CUdevice device)                                             \
-  FUNCTION(cuCtxGetCurrent, CUcontext* context)                                                                       \
-  FUNCTION(cuCtxPushCurrent_v2, CUcontext context)                                                                    \
-  FUNCTION(cuCtxPopCurrent_v2, CUcontext* context)                                                                    \
-  FUNCTION(cuThreadExchangeStreamCaptureMode, CUstreamCaptureMode* mode)                                              \
-  FUNCTION(cuLibraryLoadData, CUlibrary* library, const void* code, CUjit_option* jit_options, void** jit_values,     \
-           unsigned jit_count, CUlibraryOption* options, void** values, unsigned count)                               \
-  FUNCTION(cuLibraryUnload, CUlibrary library)                                                                        \
-  FUNCTION(cuLibraryGetKernel, CUkernel* kernel, CUlibrary library, const char* name)                                 \
-  FUNCTION(cuKernelGetFunction, CUfunction* function, CUkernel kernel)                                                \
-  FUNCTION(cuLaunchKernelEx, const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra)      \
+#define FASTCLIP_DRIVER_FUNCTIONS(FUNCTION)                                                                       \
+  FUNCTION(cuDriverGetVersion, int* version)                                                                      \
+  FUNCTION(cuGetErrorString, CUresult error, const char** text)                                                   \
+  FUNCTION(cuInit, unsigned flags)                                                                                \
+  FUNCTION(cuDeviceGet, CUdevice* device, int ordinal)                                                            \
+  FUNCTION(cuDeviceGetAttribute, int* value, CUdevice_attribute attribute, CUdevice device)                       \
+  FUNCTION(cuDevicePrimaryCtxRetain, CUcontext* context, CUdevice device)                                         \
+  FUNCTION(cuCtxGetCurrent, CUcontext* context)                                                                   \
+  FUNCTION(cuCtxPushCurrent_v2, CUcontext context)                                                                \
+  FUNCTION(cuCtxPopCurrent_v2, CUcontext* context)                                                                \
+  FUNCTION(cuThreadExchangeStreamCaptureMode, CUstreamCaptureMode* mode)                                          \
+  FUNCTION(cuLibraryLoadData, CUlibrary* library, const void* code, CUjit_option* jit_options, void** jit_values, \
+           unsigned jit_count, CUlibraryOption* options, void** values, unsigned count)                           \
+  FUNCTION(cuLibraryUnload, CUlibrary library)                                                                    \
+  FUNCTION(cuLibraryGetKernel, CUkernel* kernel, CUlibrary library, const char* name)                             \
+  FUNCTION(cuKernelGetFunction, CUfunction* function, CUkernel kernel)                                            \
+  FUNCTION(cuLaunchKernelEx, const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra)  \
   FUNCTION(cuMemsetD8Async, CUdeviceptr place, unsigned char byte, size_t bytes, CUstream stream)
 
 struct Driver {

@@ -167,8 +167,8 @@ void open_driver(const char* name) {
   if (version < needed)
     throw std::runtime_error("the NVIDIA driver serves CUDA " + dotted(version) + ", and the kernels need " +
                              dotted(needed));
-#define FASTCLIP_LOOK_UP(function, ...)                                                                             \
-  opened.function = reinterpret_cast<CUresult (*)(__VA_ARGS__)>(dlsym(library, #function));                         \
+#define FASTCLIP_LOOK_UP(function, ...)                                                     \
+  opened.function = reinterpret_cast<CUresult (*)(__VA_ARGS__)>(dlsym(library, #function)); \
   if (opened.function == nullptr) throw std::runtime_error(std::string(name) + " has no " #function);
   FASTCLIP_DRIVER_FUNCTIONS(FASTCLIP_LOOK_UP)
 #undef FASTCLIP_LOOK_UP
