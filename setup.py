@@ -124,9 +124,7 @@ def wants_cuda():
         missing = f"CXX compiles for {target()}, and the CUDA library is for Linux"
     else:
         module, found = nvrtc()
-        missing = (
-            isinstance(found, str) and f"NVRTC {module.NEEDED} is missing ({found}): pip install {module.PACKAGES}"
-        )
+        missing = isinstance(found, str) and f"NVRTC is missing ({found}): pip install {module.PACKAGES}"
     if missing and choice == "1":
         sys.exit(f"fastclip: USE_CUDA=1, but {missing}")
     if missing:

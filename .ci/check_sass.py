@@ -70,7 +70,11 @@ KERNELS = {
     "scale_each_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=31, older=of_older(130)),
     "clamp_kernel<": Bounds(256, 4, batches=4, stores=4, per_vector=26, older=of_older(54, 54)),
     "sanitize_kernel<": Bounds(256, 4, batches=4, stores=4),
+    "stats_kernel<(bool)0": Bounds(256, 4, batches=4),
+    "stats_kernel<(bool)1": Bounds(256, 4, batches=4, archs=WIDE),
+    "finish_stats_kernel": Bounds(256, 1),
     "strided_norm_kernel": Bounds(256, 1),
+    "strided_stats_kernel": Bounds(256, 1),
     "strided_write_kernel": Bounds(256, 1),
 }
 BATCH, FOLD = 4, 8

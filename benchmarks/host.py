@@ -103,8 +103,8 @@ def rows() -> list[tuple[str, float, float, float, str, float]]:
 
 
 def split(device: str) -> list[tuple[int, float, float, float, float]]:
-    """Of clip_grad_norm_ over so many tiny tensors, in us: all of it, reading the list, version counters, and the
-    engine, which fills tables and launches, or computes.
+    """Of clip_grad_norm_ over so many tiny tensors, in us: all of it, reading, version counters, and the engine,
+    which fills tables and launches, or computes.
     """
     found = []
     for count in (1, 148, 2000, 10_000):

@@ -13,7 +13,8 @@ import torch
 
 import fastclip
 import reference
-from cases import CASES, clone, poison
+from cases import CASES, clone, parameters, poison
+from fastclip import gradients
 from fastclip._dispatch import BACKENDS
 
 # The edges of vectors, chunks and layouts; each in all dtypes at once.
@@ -37,7 +38,7 @@ NAMES = {
 }
 NORM_TYPES = (2.0, 1.0, 3.0, math.inf, -math.inf, 0.0)
 # One past each table of a launch (csrc/cuda/chunk_table.h).
-COUNTS = (255, 2047)
+COUNTS = (255, 2041)
 
 
 def lists() -> dict[str, list[torch.Tensor]]:
@@ -67,6 +68,23 @@ def check(on_cpu: list[torch.Tensor], device: torch.device, backend) -> None:
     reference.scale_rounded_(expected, 0.37)
     backend.clamp_(tensors, -0.25, 0.25)
     reference.assert_bits([t.cpu() for t in tensors], reference.clip_by_value(expected, 0.25))
+    tensors, expected = clone(on_cpu, device), clone(on_cpu)
+    coefs = torch.linspace(0.25, 1.0, len(tensors), dtype=torch.float64)
+    of_each = gradients.of(tensors, gradients=False)
+    norms = of_each.norms(2.0).cpu().tolist()
+    for tensor, norm in zip(on_cpu, norms, strict=True):
+        reference.assert_norm(torch.tensor(norm, dtype=torch.float64), reference.total_norm([tensor]), torch.float64)
+    of_each.scale_each_(coefs.to(device))
+    for tensor, coef in zip(expected, coefs.tolist(), strict=True):
+        reference.scale_rounded_([tensor], coef)
+    reference.assert_bits([t.cpu() for t in tensors], expected)
+    numbers = {"found_inf": torch.ones((), device=device), "inv_scale": torch.full((), 0.5, device=device)}
+    made = parameters(clone(on_cpu, device))
+    norm = fastclip.clip_grad_norm_(made, 0.5, nonfinite="zero", **numbers)
+    assert numbers["found_inf"].item() == (not norm.isfinite().item())
+    fastclip.clip_grad_norm_(made, 0.5, nonfinite="sanitize")
+    fastclip.clip_grads_with_norm_(made, 0.5, norm)
+    assert all(p.grad.isfinite().all() for p in made) or not norm.isfinite()
 
 
 def main() -> None:

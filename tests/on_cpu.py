@@ -1,8 +1,6 @@
-"""The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, with native/cuda_on_cpu as the driver.
+"""The CUDA kernels on CPU tensors: csrc/cuda compiled by the C++ compiler, under a driver that lets the CPU run them.
 
-The host code is what a library has, under a driver (libcuda.cpp) that lets the CPU run the device code. What that
-proves
-and what not is said in native/cuda_on_cpu/cuda_runtime.h.
+What that proves and what not is said in native/cuda_on_cpu/cuda_runtime.h, and of the driver in libcuda.cpp beside it.
 """
 
 from __future__ import annotations

@@ -81,6 +81,25 @@ def test_without_a_compiler_a_build_fails_and_says_how_to_go_on(checkout, tmp_pa
     assert "FASTCLIP_PURE=1" in made.stderr
 
 
+def test_without_nvrtc(checkout, compiler, tmp_path):
+    """The rest is built, and a line says so; who insists is told how to go on."""
+    (tmp_path / "packages" / "nvidia").mkdir(parents=True)
+    (tmp_path / "packages" / "nvidia" / "__init__.py").touch()
+    env = {"CXX": f"'{compiler()}'", "PYTHONPATH": str(tmp_path / "packages"), "CUDA_HOME": str(tmp_path)}
+    made = setup(checkout, "--quiet", "build_ext", **env, USE_CUDA="1")
+    assert made.returncode != 0
+    assert len(made.stderr.splitlines()) == 1
+    assert made.stderr.startswith("fastclip: USE_CUDA=1, but NVRTC is missing")
+    assert "pip install nvidia-cuda-nvrtc-cu12" in made.stderr
+    made = setup(checkout, "--quiet", "bdist_wheel", **env, USE_CUDA="")
+    assert made.returncode == 0, made.stderr
+    (said,) = (line for line in made.stdout.splitlines() if line.startswith("fastclip: "))
+    assert said.startswith("fastclip: building without the CUDA kernels: NVRTC is missing")
+    (built,) = (checkout / "dist").iterdir()
+    libraries = [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+    assert libraries == ["fastclip/libfastclip_cpu.so"]
+
+
 def test_pure(checkout, tmp_path):
     """No compiler, no library: neither that of an earlier build in the folder, nor a module that is gone since."""
     left = checkout / "build" / "lib" / "fastclip"

@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = "nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12"
-# Those that have sm_120, up to the last whose code every driver since CUDA 12.1 loads.
-VERSIONS = (12, 8), (12, 9)
-NEEDED = "12.8 or 12.9"
+# The first that has sm_120. What one of CUDA 12 makes runs under every driver since 12.1, that of 13 since 13.0.
+LEAST = (12, 8)
 FLAGS = ("--std=c++17", "--fmad=false", "--device-as-default-execution-space")
 
 # What csrc/ uses of the C++ library: NVRTC has none.
@@ -53,20 +52,20 @@ class Found(NamedTuple):
 
 
 def places() -> Iterator[tuple[Path, Path]]:
-    """Folders of libnvrtc and of the headers: of the packages, then of a toolkit."""
+    """Libraries, which may be missing, and folders of the headers: of the packages, then of a toolkit."""
     spec = importlib.util.find_spec("nvidia")
     for folder in map(Path, spec.submodule_search_locations if spec else ()):
-        yield folder / "cuda_nvrtc" / "lib", folder / "cuda_runtime" / "include"
+        yield folder / "cuda_nvrtc" / "lib" / "libnvrtc.so.12", folder / "cuda_runtime" / "include"
+        yield folder / "cu13" / "lib" / "libnvrtc.so.13", folder / "cu13" / "include"
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(name):
-            yield Path(home, "lib64"), Path(home, "include")
+            yield from ((Path(home, "lib64", f"libnvrtc.so.{major}"), Path(home, "include")) for major in (12, 13))
 
 
 def find() -> Found | str:
     """NVRTC and what it can compile for, or why there is none."""
     reasons = []
-    for libraries, include in places():
-        library = libraries / "libnvrtc.so.12"
+    for library, include in places():
         if not library.exists() or not (include / "cuda_fp16.h").exists():
             continue
         try:
@@ -77,8 +76,8 @@ def find() -> Found | str:
         major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         version = major.value, minor.value
-        if not VERSIONS[0] <= version <= VERSIONS[1]:
-            reasons.append(f"{library} is of CUDA {version[0]}.{version[1]}")
+        if version < LEAST:
+            reasons.append(f"{library} is of CUDA {version[0]}.{version[1]}, and {LEAST[0]}.{LEAST[1]} is needed")
             continue
         nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
         archs = (ctypes.c_int * count.value)()

@@ -63,8 +63,8 @@ void walks() {
 template <class T, class ClampPair>
 void clamps(const ClampPair& clamp_pair) {
   const double bounds[][2] = {
-      {-1, 1},       {0, -0.0}, {1e-30, -1e-30},         {-0.0, 0.0},          {0.25, 3},          {-INFINITY, INFINITY}, {1, -1},
-      {-1e-7, 1e-7}, {1e-30, 1e-30}, {INFINITY, INFINITY}, {-2, -1.0009765625}};
+      {-1, 1}, {0, -0.0},     {1e-30, -1e-30}, {-0.0, 0.0},          {0.25, 3},          {-INFINITY, INFINITY},
+      {1, -1}, {-1e-7, 1e-7}, {1e-30, 1e-30},  {INFINITY, INFINITY}, {-2, -1.0009765625}};
   for (const auto& [low, high] : bounds) {
     const Clamp<T> clamp(Bounds{low, high});
     for (uint32_t bits = 0; bits < 1u << 16; ++bits) {

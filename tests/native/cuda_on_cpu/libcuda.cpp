@@ -32,7 +32,7 @@ enum Error : unsigned {
   kStreamCaptureUnsupported = 900,
 };
 constexpr int kDevices = 4;
-constexpr uintptr_t kStream = 0x57;  // of torch_cuda.cpp
+constexpr uintptr_t kStream = 0x57;   // of torch_cuda.cpp
 constexpr size_t kMostBytes = 32764;  // of arguments
 
 struct SimulatedKernel {
@@ -134,7 +134,9 @@ const std::map<std::string, SimulatedKernel>& kernels() {
 // What the code is for: its name from images.cpp, an ELF file, or PTX.
 bool read_code(const char* code, Library& library) {
   const std::string text(code, strnlen(code, 4096));
-  const auto number_after = [&](const std::string& word) { return std::atoi(text.c_str() + text.find(word) + word.size()); };
+  const auto number_after = [&](const std::string& word) {
+    return std::atoi(text.c_str() + text.find(word) + word.size());
+  };
   if (text.compare(0, 4, "\177ELF") == 0) {
     uint32_t flags;
     std::memcpy(&flags, code + 48, sizeof(flags));

@@ -10,9 +10,7 @@ int32_t device_index = -1;
 }  // namespace
 
 EXPORT int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
-EXPORT AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
-  return *index = device_index, 0;
-}
+EXPORT AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) { return *index = device_index, 0; }
 EXPORT AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** current) {
   return *current = reinterpret_cast<void*>(0x57), 0;  // which libcuda.cpp knows
 }
