@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from .clip import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_
 from .functional import adaptive_clip_grad_, get_tensor_norms
 from .optimizers import clip_on_step, clip_optimizer, clippable
 from .patch import patch, unpatch
+
+if TYPE_CHECKING:
+    from .monitor import GradientWarning, GradMonitor
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+import fastclip
+
 from .clip import as_list, clip_grad_norm_
 from .gradients import is_plain
-
-if TYPE_CHECKING:
-    from .monitor import GradMonitor
 
 __all__ = ["unscale_and_clip_grad_norm_"]
 
@@ -26,7 +25,7 @@ def unscale_and_clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     *,
-    monitor: GradMonitor | None = None,
+    monitor: fastclip.GradMonitor | None = None,
 ) -> Tensor:
     """``scaler.unscale_(optimizer)`` and :func:`fastclip.clip_grad_norm_` in one: each gradient is read once, and
     written once at most.

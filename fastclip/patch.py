@@ -6,16 +6,15 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.utils
 from torch.nn.utils import clip_grad
 
+import fastclip
+
 from . import clip, fsdp
 from ._after_import import AfterImport
-
-if TYPE_CHECKING:
-    from .monitor import GradMonitor
 
 _FSDP1 = "torch.distributed.fsdp"
 
@@ -116,7 +115,7 @@ class Patch:
         self.undo()
 
 
-def patch(*, monitor: GradMonitor | None = None) -> Patch:
+def patch(*, monitor: fastclip.GradMonitor | None = None) -> Patch:
     """Puts fastclip's functions in the place of torch's, for the whole process.
 
     Replaces ``clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm`` and ``clip_grads_with_norm_`` in

@@ -115,7 +115,7 @@ def test_verdicts(tmp_path, records, words):
     found = verdict.of(run)
     for word in words:
         assert word in "\n".join([found.headline, *found.lines])
-    if len(records) < 40:  # the odd ones
+    if len(records) < 3 or not math.isfinite(records[0]["train/grad_norm"]):  # the odd ones
         assert all(shown(picture.path) for picture in charts.draw(tmp_path, [run], [found]))
 
 
@@ -186,11 +186,11 @@ def test_a_last_line_that_is_cut(tmp_path, capsys):
     assert "(the last line, 10, is cut and left out)" in out
 
 
-def test_a_hundred_thousand_steps_are_drawn_in_stretches(tmp_path):
-    count = 100_000
+def test_very_many_steps_are_drawn_in_stretches(tmp_path):
+    count = 50_000
     norms = 2 + np.sin(np.arange(count))
-    norms[70_001] = 500
-    layers = {f"layers.{i}.weight": norms.astype(np.float32) / (i + 1) for i in range(20)}
+    norms[30_001] = 500
+    layers = {f"layers.{i}.weight": norms.astype(np.float32) / (i + 1) for i in range(8)}
     coefs = np.minimum(1, 2.5 / norms)
     columns = {"grad_norm": norms, "grad_max_norm": np.full(count, 2.5), "grad_clip_coef": coefs, "loss": norms}
     run = Run("log", np.arange(count), columns | {"grad_norm_clipped": norms * coefs}, layers, {})
