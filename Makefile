@@ -37,7 +37,7 @@ run: $(STAMP) ## Train on real digits with and without clipping; tables and char
 	@$(BIN)/python -m fastclip demo $(ARGS)
 
 test: $(STAMP) ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(STAMP) ## Compare speed and error with torch
 	@$(BIN)/python -m fastclip bench $(ARGS)
