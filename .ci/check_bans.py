@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BROAD = r"\bsuppress\(|\bexcept(:|\b.*\b(BaseException|Exception|RuntimeError)\b)"
 BANS = [
     # folder, suffixes, folders left out, pattern, reason
-    ("fastclip", (".py",), ("demo", "bench"), r"\.(item|cpu|tolist)\(\)", "waits for the device"),
+    ("fastclip", (".py",), ("demo", "bench", "report"), r"\.(item|cpu|tolist)\(\)", "waits for the device"),
     ("fastclip", (".py",), (), BROAD, "hides what nobody thought of"),
     ("csrc", (".cpp", ".h", ".cu", ".cuh"), (), r"\bf(max|min)f?\s*\(", "drops NaN: use max_nan or min_nan of clip.h"),
 ]

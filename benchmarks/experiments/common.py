@@ -39,7 +39,7 @@ def write(arguments: argparse.Namespace, name: str, columns: Sequence[str], rows
 def figure(columns: int, title: str):
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(5.5 * columns, 4.6), layout="constrained")
+    drawn = Figure(figsize=(max(8.0, 5.5 * columns), 4.6), layout="constrained")
     drawn.suptitle(title, fontweight="bold")
     axes = drawn.subplots(1, columns, squeeze=False)[0]
     for axis in axes:

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lows.append(middle - min(accuracies))
             highs.append(max(accuracies) - middle)
         axes[0].errorbar(noises, middles, (lows, highs), color=colour, marker="o", capsize=3, label=f"bound {bound:g}")
-    axes[0].set(xlabel="noise multiplier (noise / bound)", ylabel="accuracy on the test images", ylim=(0, 1))
+    axes[0].set(xlabel="noise multiplier (noise / bound)", ylabel="accuracy on the test images", ylim=(0.8, 1))
     axes[0].legend()
     columns = ("bound", "noise multiplier", f"epsilon at delta {DELTA:g}", "test accuracy", "examples clipped")
     write(arguments, "private", columns, rows, drawn)

@@ -142,9 +142,10 @@ class Alarms:
     def _layers(self, row: Row) -> Iterator[tuple[str, str | None]]:
         layers, places = self._layers_of(row.names)
         squares = torch.zeros(len(layers), dtype=torch.float64).index_add_(0, places, row.norms.double().square())
-        largest = squares.max().item() if layers else 0.0
+        largest = squares.max().item() if layers else 0.0  # on the host, as all of a record
         # Those that are 0 were not used.
         below = (squares > 0) & (squares < VANISHING**2 * largest)
+        # Likewise.
         low = {layers[i]: squares[i].item() for i in below.nonzero().flatten().tolist()} if below.any() else {}
         for name in [name for name in self._vanishing if name not in low]:
             del self._vanishing[name]

@@ -81,7 +81,7 @@ def _over_time(hidden: Hidden, batch_first: bool) -> Callable[[nn.Module, tuple]
         def see(grad: Tensor) -> None:
             wide = torch.promote_types(grad.dtype, torch.float32)
             if packed is not None:  # one time step after the other
-                steps = grad.detach().split(packed.batch_sizes.tolist())
+                steps = grad.detach().split(packed.batch_sizes.tolist())  # always on the host
                 hidden._over_time = torch.stack([torch.linalg.vector_norm(step, dtype=wide) for step in steps])
                 return
             dims = tuple(d for d in range(grad.dim()) if d != time)

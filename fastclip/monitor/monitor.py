@@ -309,7 +309,7 @@ class GradMonitor:
         clipped = sum(row.coef < 1 for row in bounded if row.coef is not None)
         layers: dict[str, list[float]] = {}
         for row in self._rows:
-            for name, norm in zip(row.names, row.norms.tolist(), strict=True):
+            for name, norm in zip(row.names, row.norms.tolist(), strict=True):  # on the host
                 if math.isfinite(norm):
                     layers.setdefault(name, []).append(norm)
         quantiles = {f"grad_norm_p{p}": _percentile(finite, p) for p in (50, 90, 99)}
@@ -392,7 +392,7 @@ class GradMonitor:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(home))
         else:
-            here = flat.cpu()
+            here = flat.cpu()  # it is there, or on a device whose copies cannot be waited for later
         self._arriving.append((calls, here, event))
 
     def _receive(self, wait: bool) -> None:
@@ -438,7 +438,7 @@ class GradMonitor:
             tags["grad_max_norm"] = row.max_norm
         if row.loss is not None:
             tags["loss"] = row.loss
-        each = (row.norms.tolist(), row.largest.tolist(), row.zeros.tolist())
+        each = (row.norms.tolist(), row.largest.tolist(), row.zeros.tolist())  # on the host
         for name, norm, largest, zeros in zip(row.names, *each, strict=True):
             if self._shows(name):
                 tags |= {f"grad_norm/{name}": norm, f"grad_max/{name}": largest, f"grad_zeros/{name}": int(zeros)}
@@ -513,10 +513,10 @@ def _rows(names: tuple[str, ...], calls: Sequence[_Call], numbers: Tensor) -> It
     """Records of calls that are alike from their numbers, (calls, numbers of each), which are on the host."""
     count = len(names)
     tables = numbers[:, : 4 * count].reshape(len(calls), count, 4)
-    rest = numbers[:, 4 * count :].tolist()
+    rest = numbers[:, 4 * count :].tolist()  # on the host, as all that follows
     factors = numbers[:, 4 * count + 1].abs().unsqueeze(1)
     norms, largest = ((each * factors).float() for each in (tables[..., 0].sqrt(), tables[..., 1]))
-    zeros, nonfinite = tables[..., 3].float(), tables[..., 2].sum(1).tolist()
+    zeros, nonfinite = tables[..., 3].float(), tables[..., 2].sum(1).tolist()  # likewise
     for i, (call, (norm, scale, *others)) in enumerate(zip(calls, rest, strict=True)):
         first = len(others) - sum(size for _, size in call.hidden)
         hidden, place = {}, first
@@ -531,6 +531,7 @@ def _rows(names: tuple[str, ...], calls: Sequence[_Call], numbers: Tensor) -> It
             clipped = norm * coef
             if call.nonfinite == ZERO and not math.isfinite(norm):
                 coef = clipped = 0.0
+        # Likewise.
         bad = tables[i, :, 2].nonzero().flatten().tolist() if nonfinite[i] else []
         yield Row(
             call.step,
