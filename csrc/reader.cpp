@@ -468,9 +468,13 @@ Owned tables(const Arguments& arguments) {
       return python::retain(none());
     views.push_back(std::move(view));
   }
-  const TensorViews filled = nonempty(views);
+  TensorViews filled = nonempty(views);
   std::vector<TensorViews> rounds;
-  if (!filled.empty()) rounds = in_rounds ? write_rounds(filled) : std::vector<TensorViews>{filled};
+  // Moved: the copy of a vector takes a symbol of libstdc++ that is newer than the wheels'.
+  if (!filled.empty() && in_rounds)
+    rounds = write_rounds(filled);
+  else if (!filled.empty())
+    rounds.push_back(std::move(filled));
   const Owned found = checked(PyList_New(0));
   for (const TensorViews& round : rounds) {
     const Owned table = table_of(round, views.data(), chunk, slot_for_each_tensor, with_places);
