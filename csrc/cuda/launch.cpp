@@ -380,8 +380,9 @@ void stats(const std::vector<TensorView>& tensors, double* scratch, double* tabl
   const FinishArguments finish{all.squares, next.squares - all.squares, of_order(2), partial,
                                nullptr,     NormKind::kSquares};
   launch("finish_kernel", finish_kernel<Finish::kPartial>, 1, kFinishThreads, queue, finish);
-  TensorViews order = layout.dense;
-  order.insert(order.end(), layout.strided.begin(), layout.strided.end());
+  TensorViews order;  // inserted: a copied vector takes a symbol of libstdc++ that is newer than the wheels'
+  for (const TensorViews* list : {&layout.dense, &layout.strided})
+    order.insert(order.end(), list->begin(), list->end());
   FinishStatsArguments rows{all, table, 0, {}, {}};
   for (size_t i = 0; i < order.size();) {
     uint32_t& count = rows.tensors;
