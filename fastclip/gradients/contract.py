@@ -245,9 +245,23 @@ class Foreign(Gradients):
         return torch.stack([torch.linalg.vector_norm(tensor, norm_type) for tensor in self.tensors])
 
     @torch.no_grad()
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        for tensor in self.tensors:
+            tensor.mul_(clip_coef.to(tensor.device))
+
+    @torch.no_grad()
     def scale_each_(self, coefs: Tensor) -> None:
         for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
             tensor.mul_(coef.to(tensor.device))
+
+    def check_clamp(self, low: float, high: float) -> None:
+        super().check_clamp(low, high)
+        eager.check_clamp(list(self.tensors), low, high)
+
+    @torch.no_grad()
+    def clamp_(self, low: float, high: float) -> None:
+        for tensor in self.tensors:
+            tensor.clamp_(low, high)
 
     def norm_of(self, clip: Clip) -> Tensor:
         self._check_plain(clip)

@@ -82,7 +82,7 @@ class Sharded(Gradients):
             held = norms
             place = [k if k >= 0 and self.tensors[k].numel() > 0 else -1 for k in place]
             if _is_partial(share):
-                grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
+                grads = [_local(reduce_partial(grad)) for grad in share.slots if grad is not None]
                 held = parts.of_tensors(grads).norms(norm_type).to(norms) if grads else norms[:0]
                 place = _enumerate(share.slots)
             partial = torch.cat([held, held.new_full((1,), nothing(norm_type))])[indices(place, held.device)]
@@ -90,11 +90,7 @@ class Sharded(Gradients):
         routes = [distributed.route(share.mesh, _sharded_dims(share)) for share in self._shares]
         norms = norms.clone()
         for place, partial in zip(places, distributed.reduce(partials, routes, norm_type), strict=True):
-            if norm_type == 0:
-                partial = (partial != 0).to(partial.dtype)
-            partial = root(partial, norm_type)
-            if norm_type < 0:
-                partial = torch.where(partial == nothing(norm_type), 0.0, partial)  # no elements on any rank
+            partial = norms_of(partial, norm_type)
             held = [slot for slot, k in enumerate(place) if k >= 0]
             norms[indices([place[slot] for slot in held], norms.device)] = partial[indices(held, norms.device)]
         return norms
@@ -159,7 +155,7 @@ class Sharded(Gradients):
             members = [member for index, each in self._counted if index == i for member in each]
             grads = share.slots
             if _is_partial(share):
-                grads = [grad if grad is None else _reduce_partial(grad) for grad in grads]
+                grads = [grad if grad is None else reduce_partial(grad) for grad in grads]
                 reduced = [_local(grad) for grad in grads if grad is not None]
                 members = [parts.of_tensors(reduced)] if reduced else []
             key = share.mesh, _sharded_dims(share)
@@ -170,6 +166,15 @@ class Sharded(Gradients):
                 found[key].slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
+
+
+def norms_of(partials: Tensor, norm_type: float) -> Tensor:
+    """Norms, each of one tensor or unit, from their partials over all ranks."""
+    if norm_type == 0:
+        return (partials != 0).to(partials.dtype)
+    norms = root(partials, norm_type)
+    # Of no elements on any rank the norm is 0.
+    return torch.where(norms == nothing(norm_type), 0.0, norms) if norm_type < 0 else norms
 
 
 def reduced_norm(routed: Sequence[Routed], norm_type: float, groups: Sequence[ProcessGroup], like: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reduce_partial(tensor: Tensor) -> Tensor:
+def reduce_partial(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
