@@ -39,7 +39,7 @@ left_out='profiled or kept_of or runs_out or dynamo or compile or of_the_gpu or 
 status=0
 env LD_PRELOAD="$runtime libstdc++.so.6" PYTHONMALLOC=malloc ASAN_OPTIONS="log_path=$PWD/report" LSAN_OPTIONS=exitcode=0 \
   "$python" -m pytest --quiet -k "not ($left_out)" \
-  tests/test_reader.py tests/test_ways.py tests/test_front_door.py || status=$?
+  tests/test_reader.py tests/test_ways.py tests/test_front_door.py tests/test_functional.py || status=$?
 ours='/ERROR: AddressSanitizer|CHECK failed|libfastclip_cpu|csrc\// { print $0 "\n"; found = 1 } END { exit found }'
 for report in report.*; do
   if [ -e "$report" ]; then awk -v RS= "$ours" "$report" || status=1; fi

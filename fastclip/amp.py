@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import fastclip
 
-from .clip import as_list, clip_grad_norm_
+from .clip import _to_float, as_list, clip_grad_norm_
 from .gradients import is_plain
 
 __all__ = ["unscale_and_clip_grad_norm_"]
@@ -67,7 +67,7 @@ def unscale_and_clip_grad_norm_(
         >>> weight.data
         tensor([-0.6000, -0.8000])
     """
-    parameters = as_list(parameters)
+    parameters, norm_type = as_list(parameters), _to_float(norm_type, "norm_type")
 
     def clip(**options: Any) -> Tensor:
         if monitor is None:
@@ -79,11 +79,13 @@ def unscale_and_clip_grad_norm_(
     scale, _ = scaler._check_scale_growth_tracker("unscale_")
     state = scaler._per_optimizer_states[id(optimizer)]
     owned = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    same = {id(p) for p in owned} == {id(p) for p in parameters if p.grad is not None}
+    # The scale is taken off once, however often a parameter is listed.
+    given = [id(p) for p in parameters if p.grad is not None]
+    same = len(set(given)) == len(given) and sorted(given) == sorted(map(id, owned))
     if (
         state["stage"] is not OptState.READY  # torch's own error
         or type(scaler).unscale_ is not GradScaler.unscale_
-        or not (owned and same and float(norm_type) > 0)
+        or not (owned and same and norm_type > 0)
         or not all(is_plain(p.grad) for p in owned)
     ):
         scaler.unscale_(optimizer)

@@ -21,7 +21,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def indices(places: Sequence[int], device: torch.device) -> Tensor:
     """Places as a tensor; the host does not wait for the device that it goes to."""
-    return torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def is_power(norm_type: float) -> bool:

@@ -8,6 +8,7 @@ infinity its finite entries 0 and its infinite ones NaN. Bounds that mean nothin
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import SupportsFloat
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import distributed, gradients
 from .arithmetic import indices, wide_dtype
+from .backends import eager
 from .clip import _check_norm_dtype, _to_float
 from .gradients import units
 from .gradients.plain import Plain
@@ -60,7 +62,10 @@ def clip_by_value_(tensors: Tensor | Iterable[Tensor | None], min: float | None,
         for dtype in {tensor.dtype for tensor in tensors if tensor.is_floating_point()}:
             if math.isfinite(bound) and abs(bound) > torch.finfo(dtype).max:
                 raise ValueError(f"{name}: {bound!r} overflows {dtype}")
-    _read(tensors, symmetric=low == -high).clip_grad_value_(low, high)
+    if tensors:
+        read = _read(tensors, symmetric=low == -high)
+        read.check_clamp(low, high)
+        read.clamp_(low, high)
 
 
 def clip_by_norm_(
@@ -98,19 +103,16 @@ def clip_by_norm_(
     max_norm, norm_type = _to_bound(max_norm, "max_norm"), _to_number(norm_type, "norm_type")
     tensors = _as_tensors(tensors)
     if dim is None:
-        return _clip_each_(tensors, norm_type, lambda norms, read: norms, max_norm)
-    _check_floating(tensors)
+        return _clip_each_(tensors, norm_type, max_norm)
+    _check_units(tensors, "tensors[{}]")
     dims = [_to_dims(dim, tensor) for tensor in tensors]
     read = units.of(tensors, dims, writes=True) if tensors else []
     norms = [each.norms(norm_type) for each in read]
     for each, norm in zip(read, norms, strict=True):
         each.scale_each_(_coefs(norm, max_norm))
-    shapes = [units.kept_shape(tensor, reduced) for tensor, reduced in zip(tensors, dims, strict=True)]
-    if len(read) == 1:
-        norms = norms[0].split([shape.numel() for shape in shapes])
     return [
-        norm.reshape(shape).to(tensor.real.dtype if tensor.is_complex() else tensor.dtype)
-        for tensor, shape, norm in zip(tensors, shapes, norms, strict=True)
+        norm.to(tensor.real.dtype if tensor.is_complex() else tensor.dtype)
+        for tensor, norm in zip(tensors, units.shaped(tensors, dims, read, norms), strict=True)
     ]
 
 
@@ -148,7 +150,7 @@ def clip_by_global_norm_(
     """
     max_norm, norm_type = _to_bound(max_norm, "max_norm"), _to_number(norm_type, "norm_type")
     if total_norm is not None and not isinstance(total_norm, Tensor):
-        total_norm = torch.tensor(_to_bound(total_norm, "total_norm"), dtype=torch.float64)
+        total_norm = torch.tensor(_to_bound(total_norm, "total_norm"), dtype=torch.float64, device="cpu")
     if total_norm is not None and (total_norm.dim() != 0 or total_norm.is_complex()):
         raise ValueError(f"total_norm: expected a 0-dim real Tensor, got {total_norm!r}")
     tensors = _as_tensors(tensors)
@@ -183,7 +185,7 @@ def clip_by_average_norm_(tensors: Tensor | Iterable[Tensor | None], max_norm: f
     Follows ``tf.compat.v1.clip_by_average_norm``: the average is not the root of the mean square.
     """
     max_norm = _to_bound(max_norm, "max_norm")
-    return _clip_each_(_as_tensors(tensors), 2.0, lambda norms, read: norms / _numels(read, norms.device), max_norm)
+    return _clip_each_(_as_tensors(tensors), 2.0, max_norm, float)
 
 
 def clip_by_block_rms_(tensors: Tensor | Iterable[Tensor | None], threshold: float) -> Tensor:
@@ -210,8 +212,7 @@ def clip_by_block_rms_(tensors: Tensor | Iterable[Tensor | None], threshold: flo
     Follows ``optax.clip_by_block_rms``.
     """
     threshold = _to_bound(threshold, "threshold")
-    tensors = _as_tensors(tensors)
-    return _clip_each_(tensors, 2.0, lambda norms, read: norms / _numels(read, norms.device).sqrt(), threshold)
+    return _clip_each_(_as_tensors(tensors), 2.0, threshold, math.sqrt)
 
 
 @torch.no_grad()
@@ -244,7 +245,7 @@ def per_example_clip(
     """
     max_norm = _to_bound(max_norm, "max_norm")
     tensors = _as_tensors(per_example_grads)
-    _check_floating(tensors)
+    _check_units(tensors, "per_example_grads[{}]")
     batches = {tuple(tensor.shape[:1]) for tensor in tensors}
     if len(batches) > 1 or () in batches:
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -258,7 +259,8 @@ def per_example_clip(
         max_norm = max_norm / math.sqrt(len(tensors))
     found = read[0].clipped_sums(max_norm, per_layer) if len(read) == 1 and isinstance(read[0], units.Units) else None
     if found is None:
-        norms = torch.cat([each.norms(2.0).to(home) for each in read]).reshape(len(tensors), batch)
+        each_norms = units.shaped(tensors, dims, read, [each.norms(2.0) for each in read])
+        norms = torch.stack([norm.reshape(-1).to(home) for norm in each_norms])
         norms = norms if per_layer else torch.linalg.vector_norm(norms, dim=0, keepdim=True)
         coefs = _coefs(norms, max_norm).expand(len(tensors), batch)
         found = [_weighted_sum(c, t) for c, t in zip(coefs, tensors, strict=True)], norms
@@ -312,6 +314,7 @@ def adaptive_clip_grad_(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     chosen = [p for p in parameters if p.grad is not None and not (exclude is not None and exclude(p))]
     grads = [grad for p in chosen if (grad := p.grad) is not None]
+    _check_units(grads, "parameters: gradient {}")
     if not chosen:
         return
     dims = [_unit_dims(unit, p) for p in chosen]
@@ -365,27 +368,23 @@ def get_tensor_norms(
 
 
 def _clip_each_(
-    tensors: Sequence[Tensor],
-    norm_type: float,
-    measure: Callable[[Tensor, gradients.Gradients], Tensor],
-    bound: float,
+    tensors: Sequence[Tensor], norm_type: float, bound: float, divisor: Callable[[int], float] | None = None
 ) -> Tensor:
-    """Scales each tensor whose measure, of its norm, is above a bound to it; returns the measures."""
+    """Scales each tensor whose norm, divided by what `divisor` says of its size, is above a bound; returns those."""
     read = _read(tensors)
-    measures = measure(read.norms(norm_type), read)
-    read.scale_each_(_coefs(measures, bound))
-    return read.finish(
-        measures if (order := _order(read, tensors)) is None else measures[indices(order, measures.device)], None
-    )
+    norms, order = read.norms(norm_type), _order(read, tensors)
+    if divisor is not None:
+        by = [divisor(max(tensor.numel(), 1)) for tensor in tensors]  # a DTensor has the size over all ranks
+        if order is not None:
+            by = [size for _, size in sorted(zip(order, by, strict=True))]
+        norms = norms / torch.tensor(by, dtype=norms.dtype, device="cpu").to(norms.device, non_blocking=True)
+    read.scale_each_(_coefs(norms, bound))
+    return read.finish(norms if order is None else norms[indices(order, norms.device)], None)
 
 
 def _coefs(norms: Tensor, bound: float) -> Tensor:
     """1 within the bound, ``bound / norm`` above it; NaN of NaN."""
     return torch.where(norms <= bound, 1.0, bound / norms)
-
-
-def _numels(read: gradients.Gradients, device: torch.device) -> Tensor:
-    return torch.tensor([max(t.numel(), 1) for t in read.tensors], dtype=torch.float64).to(device, non_blocking=True)
 
 
 def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | None:
@@ -401,7 +400,9 @@ def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | 
 def _weighted_sum(coefs: Tensor, examples: Tensor) -> Tensor:
     """``sum_i coefs[i] * examples[i]``: in float32 of 16-bit floats, a block of columns at a time."""
     columns = examples.reshape(examples.shape[0], examples.shape[1:].numel())
-    opmath = torch.float64 if columns.dtype in (torch.float64, torch.complex128) else torch.float32
+    # A coefficient that float32 cannot hold is known on the CPU alone.
+    tiny = coefs.device.type == "cpu" and not eager.is_ordinary(coefs)
+    opmath = torch.float64 if tiny or columns.dtype in (torch.float64, torch.complex128) else torch.float32
     coefs = coefs.to(columns.device, torch.promote_types(opmath, columns.dtype))
     if coefs.dtype == columns.dtype:
         return torch.mv(columns.t(), coefs).reshape(examples.shape[1:])
@@ -425,17 +426,25 @@ def _read(tensors: Sequence[Tensor], *, writes: bool = True, symmetric: bool = T
     return read
 
 
-def _check_floating(tensors: Sequence[Tensor]) -> None:
+def _check_floating(tensors: Sequence[Tensor], name: str = "tensors[{}]") -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors[{i}]: expected a Tensor, got {tensor!r}")
+            raise TypeError(f"{name.format(i)}: expected a Tensor, got {tensor!r}")
         if not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(f"tensors[{i}]: expected a floating-point or complex dtype, got {tensor.dtype}")
+            raise TypeError(f"{name.format(i)}: expected a floating-point or complex dtype, got {tensor.dtype}")
+
+
+def _check_units(tensors: Sequence[Tensor], name: str) -> None:
+    _check_floating(tensors, name)
+    for i, tensor in enumerate(tensors):
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name.format(i)}: expected a strided tensor, which has units, got {tensor.layout}")
 
 
 def _to_number(value: SupportsFloat, argument: str) -> float:
     """A number that means one: no bool, no string, no NaN."""
-    if isinstance(value, (bool, str, bytes)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    if is_bool or isinstance(value, (str, bytes, bytearray, memoryview)):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
     number = _to_float(value, argument)
     if math.isnan(number):
@@ -451,11 +460,12 @@ def _to_bound(value: SupportsFloat, argument: str) -> float:
 
 
 def _to_dims(dim: int | Iterable[int], tensor: Tensor) -> tuple[int, ...]:
-    dims = [dim] if isinstance(dim, int) else list(dim)
+    dims = list(dim) if isinstance(dim, Iterable) and not isinstance(dim, Tensor) else [dim]
     for each in dims:
-        if isinstance(each, bool) or not isinstance(each, int) or not -tensor.dim() <= each < tensor.dim():
+        is_integer = isinstance(each, numbers.Integral) and not isinstance(each, bool)
+        if not is_integer or not -tensor.dim() <= each < tensor.dim():
             raise ValueError(f"dim: {each!r} is no dimension of a tensor of shape {tuple(tensor.shape)}")
-    return tuple(sorted({each % tensor.dim() for each in dims}))
+    return tuple(sorted({int(each) % tensor.dim() for each in dims}))
 
 
 # All dimensions of a tensor, and all but the first.

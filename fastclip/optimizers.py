@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import distributed, gradients
 from .arithmetic import as_number, clip_coef, wide_dtype
+from .clip import _to_float
 from .gradients import PROPAGATE, ZERO, Clip, Gradients, Nothing
 
 _POLICIES = ("propagate", "raise", "zero", "skip")
@@ -73,7 +74,8 @@ def clip_on_step(
         policy (optional): an object with ``clip_(parameters, *, loss=None)``, in place of a bound.
         nonfinite (str): ``"propagate"``, ``"raise"`` and ``"zero"`` as in :func:`clip_grad_norm_`; with ``"skip"`` a
             step whose norm is not finite changes neither parameters nor state. Fused optimizers on a device are told so
-            by their ``found_inf``; for others this waits for the device once in each step.
+            by their ``found_inf``; for others, and where a group is left out, this waits for the device once in each
+            step.
         max_skips (int, optional): as many skipped steps in a row raise. On a device with a fused optimizer the count is
             read when it has arrived, a step or more later.
         defer (bool or "auto"): leave the coefficient to the kernel of a fused optimizer (Adam, AdamW, SGD, Adagrad), by
@@ -106,7 +108,7 @@ def clip_on_step(
         raise ValueError(f"nonfinite: expected one of {', '.join(map(repr, _POLICIES))}, got {nonfinite!r}")
     if len(given) > 1 or not (given or nonfinite != "propagate"):
         raise ValueError(f"max_norm, clip_value, policy: expected one of them, got {' and '.join(given) or 'none'}")
-    if policy is not None and not callable(getattr(policy, "clip_", None)):
+    if policy is not None and (isinstance(policy, type) or not callable(getattr(policy, "clip_", None))):
         raise TypeError(f"policy: expected an object with clip_(parameters, *, loss=None), got {policy!r}")
     if policy is not None and nonfinite != "propagate":
         raise ValueError(f"nonfinite: {nonfinite!r} with a policy, which decides that itself")
@@ -118,7 +120,7 @@ def clip_on_step(
         raise ValueError(f"max_skips: expected an integer of at least 1, got {max_skips!r}")
     if max_skips is not None and nonfinite != "skip":
         raise ValueError(f"max_skips: expected nonfinite='skip' with it, got {nonfinite!r}")
-    if defer not in (True, False, "auto"):
+    if not (isinstance(defer, bool) or (isinstance(defer, str) and defer == "auto")):
         raise ValueError(f"defer: expected True, False or 'auto', got {defer!r}")
     if optimizer in _clipped:
         raise RuntimeError(
@@ -261,6 +263,7 @@ class StepClip:
         def forget() -> None:
             if (held := mine()) is not None:
                 _clipped.discard(held)
+                self._give_back(held)  # of a step that has raised
 
         self._detach = [
             forget,
@@ -279,7 +282,8 @@ class StepClip:
         def clipped() -> object:
             self._give_back(optimizer)
             loss = closure()
-            self._clip(optimizer, loss)
+            if self._detach:  # else the closure has removed the hooks, of which one gives back
+                self._clip(optimizer, loss)
             return loss
 
         if len(args) > 1:
@@ -309,13 +313,15 @@ class StepClip:
     @torch.no_grad()
     def _clip(self, optimizer: Optimizer, loss: object) -> None:
         parameters = clippable(optimizer)
-        if self._policy is not None:
-            norm = self._policy.clip_(parameters, loss=loss)
-            self.total_norm = distributed.full(norm) if isinstance(norm, Tensor) else None
-            return
         # What a GradScaler leaves to the optimizer: its gradients are still times this number.
         live = getattr(optimizer, "grad_scale", None) if _takes_scale(optimizer) else None
         inv_scale = None if live is None else as_number(live, live.device).reshape(()).reciprocal()
+        if self._policy is not None:
+            if inv_scale is not None:
+                self._unscale(optimizer, _parameters(optimizer), inv_scale)
+            norm = self._policy.clip_(parameters, loss=loss)
+            self.total_norm = distributed.full(norm) if isinstance(norm, Tensor) else None
+            return
         grads = gradients.of(parameters)
         nonfinite = ZERO if self._nonfinite == "zero" else PROPAGATE
         looks = self._nonfinite in ("raise", "skip")
@@ -336,13 +342,19 @@ class StepClip:
                 return
         if total_norm is None or not self._whole:
             self._clip_apart(grads, parameters, nonfinite, inv_scale)
-            if live is not None:
-                self._replace(optimizer, "grad_scale", None)
+            if inv_scale is not None:
+                clipped = set(parameters)
+                self._unscale(optimizer, [p for p in _parameters(optimizer) if p not in clipped], inv_scale)
         elif reason:
             # The bound of gradients that stay times a scale: the coefficient alone is theirs.
             grads.clip_by_(Clip(self._max_norm, self._norm_type, nonfinite), total_norm)
         else:
             self._defer_to(optimizer, grads, live, total_norm)
+
+    def _unscale(self, optimizer: Optimizer, parameters: list[Tensor], inv_scale: Tensor) -> None:
+        """Takes the live scale off these gradients; those of all others have lost it."""
+        gradients.of(parameters).scale_(inv_scale)
+        self._replace(optimizer, "grad_scale", None)
 
     def _clip_apart(self, grads: Gradients, parameters: list[Tensor], nonfinite: int, inv_scale: Tensor | None) -> None:
         """Each element by itself, or each gradient by its own norm."""
@@ -370,7 +382,7 @@ class StepClip:
             return "nonfinite='zero' writes the gradients"
         if not _takes_scale(optimizer):
             return f"expected an optimizer with fused=True in all groups, got {type(optimizer).__name__} without"
-        if any(group.get("clip_grad", True) is False for group in optimizer.param_groups):
+        if _leaves_out(optimizer):
             return "expected all groups to be clipped, got one with clip_grad=False"
         return None
 
@@ -379,12 +391,15 @@ class StepClip:
         on_cpu = coef.device.type == "cpu"
         if on_cpu and coef.item() == 1.0:  # the host has it already
             return
-        if self._defer == "auto" and not on_cpu:
-            return grads.clip_by_(Clip(self._max_norm, self._norm_type), total_norm)
         scale = coef.reciprocal()
         if live is not None:
             scale = scale * as_number(live, scale.device).reshape(())
-        self._replace(optimizer, "grad_scale", scale.to(torch.float32))
+        scale = scale.to(torch.float32)
+        # The kernels take a float32, which cannot hold what divides a norm of 1e39 to a small bound.
+        too_large = on_cpu and coef.item() > 0 and math.isinf(scale.item())
+        if too_large or (self._defer == "auto" and not on_cpu):
+            return grads.clip_by_(Clip(self._max_norm, self._norm_type), total_norm)
+        self._replace(optimizer, "grad_scale", scale)
 
     # What is skipped.
 
@@ -395,13 +410,13 @@ class StepClip:
             self._counts = torch.zeros(2, dtype=torch.int64, device=bad.device)
         self._counts[0] += bad
         self._counts[1].add_(1).mul_(bad)
-        if bad.device.type != "cpu" and _takes_scale(optimizer):
+        if bad.device.type != "cpu" and _takes_scale(optimizer) and not _leaves_out(optimizer):
             found = bad.to(torch.float32)
             live = getattr(optimizer, "found_inf", None)
             if live is not None:
                 found = torch.maximum(found, live.to(found.device).reshape(()).clamp(max=1.0))
-            self._replace(optimizer, "found_inf", found)
             self._raise_after(self._arrived(self._counts), optimizer, parameters)
+            self._replace(optimizer, "found_inf", found)
             return False
         if not bad.item():  # the one documented wait
             return False
@@ -442,6 +457,14 @@ def _takes_scale(optimizer: Optimizer) -> bool:
     return fused and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
+def _leaves_out(optimizer: Optimizer) -> bool:
+    return any(group.get("clip_grad", True) is False for group in optimizer.param_groups)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _first_bad(optimizer: Optimizer, parameters: list[Tensor]) -> str:
     """The first parameter whose gradient is not finite; all are read in one copy."""
     with_grads = [parameter for parameter in parameters if parameter.grad is not None]
@@ -476,7 +499,7 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
+    return _to_float(value, name)
 
 
 def _bound(name: str, value: object) -> float:

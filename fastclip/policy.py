@@ -8,15 +8,16 @@ on as if there had been none. Ranks act alike, because what decides is the norm 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import SupportsFloat
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import gradients
+from . import distributed, gradients
 from .arithmetic import indices, wide_dtype
+from .clip import _to_float
 from .functional import _order, _to_bound, _to_number
 
 __all__ = ["AdaGC", "AutoClip", "SkipOnSpike", "ZClip"]
@@ -29,6 +30,8 @@ class Policy:
         nonfinite_steps: 0-dim, how many norms were not finite.
         steps: 0-dim, how many were.
     """
+
+    _lengthens: tuple[str, ...] = ()  # entries of the state whose length the arguments do not tell
 
     def __init__(self) -> None:
         self._state: dict[str, Tensor] = {}
@@ -45,7 +48,7 @@ class Policy:
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         read = gradients.of(parameters)
-        if not read.tensors:
+        if isinstance(read, gradients.Nothing):
             return read.finish(read.total_norm(2.0), None)
         with torch.no_grad():
             return self._clip_(read, parameters, loss)
@@ -88,20 +91,28 @@ class Policy:
 
     @property
     def steps(self) -> Tensor:
-        return self._state.get("steps", torch.tensor(0))
+        return self._state["steps"].clone() if self._state else torch.tensor(0)
 
     @property
     def nonfinite_steps(self) -> Tensor:
-        return self._state.get("nonfinite_steps", torch.tensor(0))
+        return self._state["nonfinite_steps"].clone() if self._state else torch.tensor(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a policy remembers, as tensors: one that loads it goes on as this one would."""
         return {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state and not {"steps", "nonfinite_steps"} <= state.keys():
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected what state_dict() of a {type(self).__name__} gave, got {state!r}")
+        found = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+        known = {"steps": torch.tensor(0), "nonfinite_steps": torch.tensor(0), **self._initial(torch.device("cpu"))}
+        if found and found.keys() != known.keys():
             raise ValueError(f"state: expected what state_dict() of a {type(self).__name__} gave, got {list(state)}")
-        self._state = {name: torch.as_tensor(value).clone() for name, value in state.items()}
+        for name, value in found.items():
+            if value.dim() != known[name].dim() or (value.shape != known[name].shape and name not in self._lengthens):
+                what = f"{name!r} of shape {tuple(known[name].shape)} for these arguments"
+                raise ValueError(f"state: expected {what}, got {tuple(value.shape)}")
+        self._state = found
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -148,6 +159,7 @@ class AutoClip(Policy):
         self.history = None if history is None else _to_count(history, "history")
         self.include_current = include_current
         self.max_norm = math.inf if max_norm is None else _to_bound(max_norm, "max_norm")
+        self._lengthens = ("sorted",) if self.history is None else ()
         self._most = 0  # calls so far, of which some may not have entered the history
 
     def _initial(self, device: torch.device) -> dict[str, Tensor]:
@@ -309,8 +321,11 @@ class AdaGC(Policy):
         >>> norm, weight.grad
         (tensor(50.), tensor([0.3120, 0.4160]))
 
-    Follows Wang et al. (arXiv:2502.11034) and their code; ``pytorch_optimizer`` has other defaults.
+    Follows Wang et al. (arXiv:2502.11034) and their code; ``pytorch_optimizer`` has other defaults. Of DTensors every
+    rank has to have the same gradients.
     """
+
+    _lengthens = ("average",)
 
     def __init__(
         self,
@@ -418,16 +433,15 @@ class SkipOnSpike(Policy):
         skip = self._is_spike(state["norms"], state["steps"], norm) | ~norm.isfinite()
         state["norms"] = self._put(state["norms"], state["steps"], norm)
         if loss is not None:
-            loss = loss.detach().to(norm) if isinstance(loss, Tensor) else norm.new_full((), float(loss))
-            loss = loss.reshape(())
+            loss = _to_loss(loss, norm)
             skip = skip | self._is_spike(state["losses"], state["loss_steps"], loss) | ~loss.isfinite()
             known = loss.isfinite()
             losses = self._put(state["losses"], state["loss_steps"], loss)
             state["losses"] = torch.where(known, losses, state["losses"])
             state["loss_steps"] = state["loss_steps"] + known
         skip = skip.to(torch.float32)
-        if loss is not None and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(skip, dist.ReduceOp.MAX)
+        if loss is not None and dist.is_available() and (world := dist.group.WORLD) is not None:
+            skip = distributed.all_reduce(skip, math.inf, world)
         self.skip = skip
         return _plain(norm.new_full((), self.max_norm), norm)
 
@@ -446,6 +460,14 @@ class SkipOnSpike(Policy):
 def _plain(bound: Tensor, norm: Tensor) -> Tensor:
     """The coefficient of ``clip_grad_norm_``; 1 where there is no bound."""
     return torch.where(bound == math.inf, 1.0, (bound / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _to_loss(value: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return like.new_full((), _to_float(value, "loss"))
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"loss: expected a real number, got a {value.dtype} Tensor of shape {tuple(value.shape)}")
+    return distributed.full(value).detach().to(like).reshape(())
 
 
 def _to_count(value: SupportsFloat, argument: str, least: int = 1) -> int:

@@ -209,6 +209,71 @@ def a_policy_acts_alike_on_all_ranks():
 
 
 @check(CHECKS)
+def a_policy_goes_on_where_a_rank_has_no_gradient():
+    """The norm is that of all ranks, so that the rank learns it; it votes on the loss, or the others would wait."""
+    mesh, (full,) = mesh_1d(), full_tensors(((8, 3),))
+    policies = [fastclip.policy.ZClip(warmup_steps=2), fastclip.policy.SkipOnSpike(window=4, min_history=2)]
+    for policy in policies:
+        for step in range(3):
+            made = parameter(sharded(full, mesh, [Shard(0)]))
+            if dist.get_rank() == 1:
+                made.grad = None
+            policy.clip_([made], loss=1.0)
+            assert policy.steps == step + 1
+        assert_same_on_all_ranks(str({name: value.tolist() for name, value in policy.state_dict().items()}))
+
+
+def _placements():
+    yield from ((mesh_1d(), [p]) for p in (Shard(0), Shard(1), Replicate(), Partial("sum")))
+    yield from ((mesh_2d(), p) for p in ([Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(0), Shard(0)]))
+
+
+@check(CHECKS)
+def units_of_shards():
+    """Rows and columns in one shard or over several, empty and uneven ones, beside a plain tensor."""
+    fulls = [*full_tensors(((1, 6), (5, 3), (16, 8))), *full_tensors(((4, 5),), seed=2)]
+    for mesh, placements in _placements():
+        for dim, norm_type in ((0, 2.0), (1, 2.0), ((0, 1), 1.0), (0, math.inf), (1, -math.inf), (0, 3.0), (0, 0.0)):
+            expected = [full.clone() for full in fulls]
+            tensors = [*(sharded(full, mesh, placements) for full in fulls[:-1]), fulls[-1].clone()]
+            norms = fastclip.functional.clip_by_norm_(expected, 0.5, norm_type, dim)
+            found = fastclip.functional.clip_by_norm_(tensors, 0.5, norm_type, dim)
+            with during(placements, dim, norm_type):
+                torch.testing.assert_close([plain(t) for t in tensors], expected, rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close([plain(norm) for norm in found], norms, rtol=1e-5, atol=1e-7)
+
+
+@check(CHECKS)
+def averages_are_of_all_elements():
+    fulls = [*full_tensors(((4, 5),), seed=2), *full_tensors(((1, 6), (5, 3), (16, 8)))]
+    for mesh, placements in _placements():
+        for clip in (fastclip.functional.clip_by_average_norm_, fastclip.functional.clip_by_block_rms_):
+            expected = [full.clone() for full in fulls]
+            tensors = [fulls[0].clone(), *(sharded(full, mesh, placements) for full in fulls[1:])]
+            with during(placements, clip):
+                torch.testing.assert_close(plain(clip(tensors, 0.1)), clip(expected, 0.1), rtol=1e-5, atol=1e-7)
+                torch.testing.assert_close([plain(t) for t in tensors], expected, rtol=1e-5, atol=1e-7)
+
+
+@check(CHECKS)
+def adaptive_clip_of_shards():
+    """A bias that is sharded is one unit over all ranks."""
+    shapes = ((5, 3), (7,), (16, 8))
+    pairs = list(zip(full_tensors(shapes), full_tensors(shapes, seed=5), strict=True))
+    for mesh, placements in ((mesh_1d(), [Shard(0)]), (mesh_1d(), [Replicate()]), (mesh_2d(), [Replicate(), Shard(0)])):
+        for unit, norm_type in (("output", 2.0), ("tensor", 2.0), ("output", math.inf)):
+            grads = []
+            for piece in (lambda full: full.clone(), lambda full: sharded(full, mesh, placements)):  # noqa: B023
+                parameters = [nn.Parameter(piece(weight)) for _, weight in pairs]
+                for p, (grad, _) in zip(parameters, pairs, strict=True):
+                    p.grad = piece(grad)
+                fastclip.adaptive_clip_grad_(parameters, 0.2, norm_type=norm_type, unit=unit)
+                grads.append([plain(p.grad) for p in parameters])
+            with during(placements, unit, norm_type):
+                torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-7)
+
+
+@check(CHECKS)
 def shard_rows():
     """Uneven and empty shards among them."""
     _every_tensor(mesh_1d(), [Shard(0)])

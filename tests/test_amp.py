@@ -293,6 +293,22 @@ def test_a_refused_gradient_leaves_the_step_as_it_was():
     fastclip.amp.unscale_and_clip_grad_norm_(scaler, optimizer, [weight, other], 1.0)
 
 
+def test_a_parameter_that_is_listed_twice_is_unscaled_once():
+    for bound in (math.inf, 1.0):
+        results = []
+        for way in WAYS:
+            scaler, optimizer, weight = ready()
+            results.append((way(scaler, optimizer, [weight, weight], bound), weight.grad))
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_order_of_the_norm_is_named():
+    scaler, optimizer, weight = ready()
+    with pytest.raises(TypeError, match="norm_type: expected a number, got None"):
+        fastclip.amp.unscale_and_clip_grad_norm_(scaler, optimizer, [weight], 1.0, None)
+    assert weight.grad.tolist() == [3.0, 4.0]
+
+
 def test_a_scaler_with_an_unscale_of_its_own():
     """As FSDP's, which reduces over its ranks."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,7 +272,8 @@ def test_integers_are_refused(name, fence):
         return  # no integer has a gradient
     tensors = [torch.tensor([30.0, 40.0]), torch.tensor([5, 1])]
     before = fence(tensors)
-    with pytest.raises(TypeError, match=r"tensors\[1\].*torch.int64"):
+    argument = "per_example_grads" if name.endswith("per example") else "tensors"
+    with pytest.raises(TypeError, match=rf"^{argument}\[1\].*torch.int64"):
         CALLS[name](tensors, 1.0)
     assert before.unchanged()
 
@@ -295,3 +297,91 @@ def test_a_tensor_listed_twice_is_clipped_twice(backend):
     tensor = torch.tensor([3.0, 4.0])
     F.clip_by_norm_([tensor, tensor], 1.0)
     torch.testing.assert_close(tensor, torch.tensor([3.0, 4.0]) / 25)
+
+
+class Own(torch.Tensor):
+    """A subclass, which torch's functions take."""
+
+
+def test_tensor_subclasses():
+    """Each is clipped as torch's own tensors are, also where the bounds are not symmetric."""
+    clips = (
+        lambda t: F.clip_by_value_(t, -1.0, 2.0),
+        lambda t: F.clip_by_norm_(t, 1.0),
+        lambda t: F.clip_by_norm_(t, 1.0, dim=0),
+        lambda t: F.clip_by_global_norm_(t, 1.0),
+        lambda t: F.clip_by_average_norm_(t, 0.1),
+        lambda t: F.clip_by_block_rms_(t, 0.1),
+    )
+    for clip in clips:
+        plain = [torch.tensor([-3.0, 4.0]), torch.tensor([0.5, 6.0])]
+        mixed = [plain[0].clone(), plain[1].clone().as_subclass(Own)]
+        expected, found = clip(plain), clip(mixed)
+        torch.testing.assert_close([t.as_subclass(torch.Tensor) for t in mixed], plain)
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found.as_subclass(torch.Tensor), expected)
+
+
+def test_nothing_follows_the_default_device():
+    grads = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.3, 0.4]])]
+    calls = (
+        lambda t: F.clip_by_average_norm_(t, 0.5),
+        lambda t: F.clip_by_block_rms_(t, 0.5),
+        lambda t: F.clip_by_global_norm_(t, 0.5, total_norm=5.0),
+        lambda t: F.per_example_clip(t, 0.5)[0][0],
+    )
+    for call in calls:
+        expected = call([grad.clone() for grad in grads])
+        with torch.device("meta"):
+            found = call([grad.clone() for grad in grads])
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bound", [np.bool_(True), np.array(True), bytearray(b"1"), memoryview(b"1")])
+def test_what_only_looks_like_a_number_is_no_bound(bound):
+    for call in (F.clip_by_norm_, F.clip_by_global_norm_, F.clip_by_block_rms_, F.per_example_clip):
+        with pytest.raises(TypeError, match=r"(max_norm|threshold): expected a number"):
+            call([torch.tensor([[3.0, 4.0]])], bound)
+
+
+@pytest.mark.parametrize("dim", [1.5, "0", torch.tensor(1), (0, True)])
+def test_dimensions_are_integers(dim):
+    with pytest.raises(ValueError, match=r"dim: .* is no dimension"):
+        F.clip_by_norm_(torch.tensor([[3.0, 4.0]]), 1.0, dim=dim)
+    assert F.clip_by_norm_(torch.tensor([[3.0, 4.0]]), 1.0, dim=np.int64(1))[0] == 5
+
+
+@pytest.mark.parametrize("norm_type", [0.0, 10.0, -10.0])
+def test_rows_and_columns_have_the_same_norm(norm_type):
+    """Order 0 says whether there is a non-zero; other powers may leave float64 on the way to the norm."""
+    rows = torch.tensor([[1e38, 3e37, 1e38], [0.0, 0.0, 0.0], [2e38, 1e-3, 1.0]])
+    (expected,) = F.clip_by_norm_([rows.clone()], math.inf, norm_type, dim=1)
+    (found,) = F.clip_by_norm_([rows.t().clone()], math.inf, norm_type, dim=0)
+    torch.testing.assert_close(found.t(), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_coefficients_below_float32(backend, dtype):
+    """Sums and columns of numbers that are 1e48 times their bound are small, not 0."""
+    grads = torch.tensor([[3e38, 0.0], [2e38, 1e38]], dtype=dtype)
+    coefs = 1e-10 / grads.double().norm(dim=1, keepdim=True)
+    (found,), count = F.per_example_clip([grads], 1e-10)
+    torch.testing.assert_close(found.double(), (grads.double() * coefs).sum(0), rtol=1e-2, atol=0)
+    assert count == 2
+    columns = grads.t().clone()
+    F.clip_by_norm_([columns], 1e-10, dim=0)
+    torch.testing.assert_close(columns.t().double(), grads.double() * coefs, rtol=1e-2, atol=0)
+
+
+def test_sparse_tensors_have_no_units(fence):
+    indices = torch.tensor([[0, 2]])
+    grads = [torch.full((3, 2), 9.0), torch.sparse_coo_tensor(indices, torch.ones(2, 2), (3, 2), check_invariants=True)]
+    before = fence(grads[:1])
+    with pytest.raises(TypeError, match=r"^tensors\[1\]: .*sparse_coo"):
+        F.clip_by_norm_(grads, 1.0, dim=1)
+    with pytest.raises(TypeError, match=r"^per_example_grads\[1\]: .*sparse_coo"):
+        F.per_example_clip(grads, 1.0)
+    with pytest.raises(TypeError, match=r"^parameters: gradient 1: .*sparse_coo"):
+        fastclip.adaptive_clip_grad_(parameters(grads))
+    assert before.unchanged()

@@ -238,6 +238,60 @@ def test_goes_on_from_a_checkpoint(name, cut, tmp_path):
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match="state_dict"):
         policy.ZClip().load_state_dict({"mean": torch.tensor(1.0)})
+    states = {}
+    for name, make in MADE.items():
+        made = make()
+        steps(made, NORMS)
+        states[name] = made.state_dict()
+    for name, make in MADE.items():
+        for state in states.values():
+            if state.keys() != states[name].keys():
+                with pytest.raises(ValueError, match="state_dict"):
+                    make().load_state_dict(state)
+    for made, state in (
+        (policy.AutoClip(history=5), policy.AutoClip(history=6)),
+        (policy.ZClip(), policy.ZClip(warmup_steps=5)),
+        (policy.SkipOnSpike(), policy.SkipOnSpike(window=100)),
+    ):
+        steps(state, NORMS)
+        with pytest.raises(ValueError, match="for these arguments"):
+            made.load_state_dict(state.state_dict())
+        assert steps(made, NORMS[:2])  # it is as it was
+    with pytest.raises(TypeError, match=r"state: .*None"):
+        policy.ZClip().load_state_dict(None)
+
+
+def test_a_count_that_was_read_is_no_part_of_the_state():
+    made = policy.ZClip()
+    steps(made, NORMS[:2])
+    count = made.steps
+    count += 5
+    assert made.steps == 2
+
+
+@pytest.mark.parametrize("loss", ["high", 10**400, torch.ones(2), torch.tensor(1 + 1j)])
+def test_a_loss_is_a_number(loss):
+    made = policy.SkipOnSpike(window=4, min_history=2)
+    with pytest.raises((TypeError, ValueError, OverflowError), match=r"^loss: "):
+        steps(made, [1.0], [loss])
+    assert made.steps == 0
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_tensor_subclasses_and_another_default_device(name):
+    class Own(torch.Tensor):
+        pass
+
+    expected, made = steps(MADE[name](), NORMS[:6]), MADE[name]()
+    weights = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
+    found = []
+    with torch.device("meta"):
+        for norm in NORMS[:6]:
+            grad = torch.tensor([0.6, -0.8], dtype=torch.float64, device="cpu") * norm
+            weights[0].grad = grad.as_subclass(Own)
+            made.clip_(weights)
+            found.append(weights[0].grad.norm().item())
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 class NoSync(ways.Dispatch):

@@ -355,6 +355,29 @@ def test_other_bounds_of_scaled_gradients(bound):
     assert distance(ours, theirs) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "bound", ["policy", {"max_norm": 1.0, "per_tensor": True}, {"clip_value": 0.3}, {"max_norm": 1}]
+)
+def test_scaled_gradients_with_a_group_that_is_left_out(bound):
+    """A policy sees norms without the scale; groups that are not clipped lose it too."""
+    results = []
+    for scale in (1.0, 1024.0):
+        params = weights()
+        groups = [{"params": params[:2]}, {"params": params[2:], "clip_grad": False}]
+        optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
+        chosen = {"policy": fastclip.policy.ZClip(warmup_steps=2)} if bound == "policy" else bound
+        handle = fastclip.clip_on_step(optimizer, **chosen)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        for step in range(6):
+            scaler.scale(torch.ones(()))
+            give_gradients(params, step, scale)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((params, handle.total_norm))
+    assert distance(results[1][0], results[0][0]) <= 1e-5
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
 # nonfinite
 
 
@@ -472,7 +495,40 @@ def test_a_step_that_raises_leaves_nothing_behind():
     assert not hasattr(optimizer, "grad_scale")
 
 
+def test_a_coefficient_that_the_kernel_cannot_hold():
+    """1e-3 / 6e39 is divided by in place."""
+    for defer in (True, "auto", False):
+        weight = torch.nn.Parameter(torch.zeros(400))
+        weight.grad = torch.full((400,), 3e38)
+        optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+        fastclip.clip_on_step(optimizer, 1e-3, defer=defer)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), torch.full((400,), -1e-3 / 20))
+
+
 # The handle
+
+
+def test_removed_after_a_step_that_raised_or_inside_of_one():
+    params = weights()
+    optimizer = FUSED["AdamW"](params)
+    handle = fastclip.clip_on_step(optimizer, 1.0, defer=True)
+    give_gradients(params, 1)
+    optimizer.param_groups[0]["betas"] = None
+    with pytest.raises(TypeError):
+        optimizer.step()
+    handle.remove()
+    assert not hasattr(optimizer, "grad_scale")
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    handle = fastclip.clip_on_step(optimizer, 1.0, defer=True)
+    closure = closure_of(params)
+
+    def last():
+        handle.remove()
+        return closure()
+
+    optimizer.step(last)
+    assert not hasattr(optimizer, "grad_scale")
 
 
 def test_remove():
@@ -602,6 +658,9 @@ def test_clip_optimizer_refuses(options, error, text):
             "max_skips: expected an integer of at least 1",
         ),
         ({"clip_value": 1.0, "per_tensor": True}, ValueError, "per_tensor: expected a max_norm"),
+        ({"max_norm": 10**400}, OverflowError, "max_norm: expected a number"),
+        ({"max_norm": 1.0, "defer": 0}, ValueError, "defer: expected True, False or 'auto', got 0"),
+        ({"policy": fastclip.policy.ZClip}, TypeError, "policy: expected an object"),
         ({"policy": 3.5}, TypeError, r"policy: expected an object with clip_\(parameters"),
         ({"max_norm": 1.0, "defer": "always"}, ValueError, "defer: expected True, False or 'auto', got 'always'"),
         (

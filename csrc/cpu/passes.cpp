@@ -390,7 +390,8 @@ void clipped_sums(const std::vector<TensorView>& examples, const std::vector<Ten
   size_t example_bytes = 1, num_halves = 0;
   std::vector<size_t> first_half;  // where the float32 sums of a tensor of 16 bits begin
   for (const TensorView& sum : sums) {
-    std::memset(sum.data, 0, static_cast<size_t>(sum.numel * element_size(sum.dtype)));
+    // Of no elements there may be no memory, which memset does not take.
+    if (sum.numel > 0) std::memset(sum.data, 0, static_cast<size_t>(sum.numel * element_size(sum.dtype)));
     example_bytes += static_cast<size_t>(sum.numel * element_size(sum.dtype));
     first_half.push_back(num_halves);
     if (element_size(sum.dtype) == 2) num_halves += static_cast<size_t>(sum.numel);

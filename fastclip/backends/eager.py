@@ -76,23 +76,39 @@ def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
     return abs(norm_type) * _REACH[dtype] > 900
 
 
+def may_leave_wide(dtype: torch.dtype, wide: torch.dtype, norm_type: float) -> bool:
+    """Whether the powers have to be summed in a unit of their own."""
+    return wide != torch.float64 or (dtype in _REACH and powers_leave_float64(dtype, norm_type))
+
+
 @torch.no_grad()
 def scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
-    wide = clip_coef.to(wide_dtype(clip_coef.device))
-    narrow = wide.to(torch.float32)
-    # Rounded to float32 where that is normal: the product with a float32 is then exact in float64, and rounds once.
-    factor = None if _is_ordinary(clip_coef) else torch.where(_is_below_float32(wide), wide, narrow.to(wide.dtype))
+    factors = factors_of(clip_coef)
     for values in _dense_values(tensors):
-        if values.dtype in (torch.float64, torch.complex128):
-            values.mul_(wide)
-        elif factor is None or values.dtype not in _REACH:
-            # A 0-dim factor is used as it is, so float32 serves float16 and bfloat16 too.
-            values.mul_(narrow)
-        else:
-            # A factor with dimensions lifts the product to its dtype.
-            values.mul_(factor.reshape((1,) * values.dim()))
+        multiply_(values, factors)
         if zero:
             values.masked_fill_(clip_coef == 0, 0)
+
+
+def factors_of(coefs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Coefficients as dtypes take them: wide; in float32; with those that float32 cannot hold, None without such."""
+    wide = coefs.to(wide_dtype(coefs.device))
+    narrow = wide.to(torch.float32)
+    # Rounded to float32 where that is normal: the product with a float32 is then exact in float64, and rounds once.
+    return wide, narrow, None if is_ordinary(coefs) else torch.where(_is_below_float32(wide), wide, narrow.to(wide))
+
+
+@torch.no_grad()
+def multiply_(values: Tensor, factors: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    wide, narrow, lifted = factors
+    if values.dtype in (torch.float64, torch.complex128):
+        values.mul_(wide)
+    elif lifted is None or values.dtype not in _REACH:
+        # A 0-dim factor is used as it is, so float32 serves float16 and bfloat16 too.
+        values.mul_(narrow)
+    else:
+        # A factor with dimensions lifts the product to its dtype.
+        values.mul_(lifted if lifted.dim() else lifted.reshape((1,) * values.dim()))
 
 
 @torch.no_grad()
@@ -128,7 +144,7 @@ def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
     dtype = wide = wide_dtype(tensor.device)
     if tensor.is_complex():
         dtype = wide.to_complex()
-    if is_power(norm_type) and (wide != torch.float64 or powers_leave_float64(tensor.dtype, norm_type)):
+    if is_power(norm_type) and may_leave_wide(tensor.dtype, wide, norm_type):
         unit = power_unit(torch.linalg.vector_norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
         return torch.linalg.vector_norm(tensor.to(dtype, copy=True).div_(unit), norm_type) * unit
     return torch.linalg.vector_norm(tensor, norm_type, dtype=dtype)
@@ -163,17 +179,19 @@ def _is_below_float32(clip_coef: Tensor) -> Tensor:
     return (clip_coef != 0) & (clip_coef.abs() < _LEAST_NORMAL)
 
 
-def _is_ordinary(clip_coef: Tensor) -> bool:
-    """Whether a coefficient is known not to be below float32; one on a device, or in a trace, is not looked at."""
+def is_ordinary(coefs: Tensor) -> bool:
+    """Whether coefficients are known not to be below float32; on a device, or in a trace, they are not looked at."""
     watched = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
-    if watched or clip_coef.device.type != "cpu" or type(clip_coef) is not Tensor:
+    if watched or coefs.device.type != "cpu" or type(coefs) is not Tensor:
         return False
-    return not 0 < abs(float(clip_coef)) < _LEAST_NORMAL
+    if coefs.dim() > 0:
+        return not _is_below_float32(coefs).any()
+    return not 0 < abs(float(coefs)) < _LEAST_NORMAL
 
 
 def _dense_values(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

@@ -270,9 +270,23 @@ class Foreign(Gradients):
         return eager.tensor_stats(list(self.tensors)), self.total_norm(2.0)
 
     @torch.no_grad()
+    def scale_(self, clip_coef: Tensor, zero: bool = False) -> None:
+        for tensor in self.tensors:
+            tensor.mul_(clip_coef.to(tensor.device))
+
+    @torch.no_grad()
     def scale_each_(self, coefs: Tensor) -> None:
         for tensor, coef in zip(self.tensors, coefs.unbind(), strict=True):
             tensor.mul_(coef.to(tensor.device))
+
+    def check_clamp(self, low: float, high: float) -> None:
+        super().check_clamp(low, high)
+        eager.check_clamp(list(self.tensors), low, high)
+
+    @torch.no_grad()
+    def clamp_(self, low: float, high: float) -> None:
+        for tensor in self.tensors:
+            tensor.clamp_(low, high)
 
     def norm_of(self, clip: Clip, total_norm: Tensor | None = None) -> Tensor:
         self._check_plain(clip)

@@ -91,19 +91,12 @@ class Sharded(Gradients):
         def partial_of(norm: Tensor) -> Tensor:
             return norm.square() if norm_type == 2 else norm
 
-        def norm_of(partial: Tensor) -> Tensor:
-            if norm_type == 0:
-                return (partial != 0).to(partial.dtype)
-            norm = root(partial, norm_type)
-            # No elements on any rank: 0.
-            return torch.where(norm == nothing(norm_type), 0.0, norm) if norm_type < 0 else norm
-
         return self._over_ranks(
             norms.unsqueeze(1),
             lambda members: members.norms(norm_type).unsqueeze(1),
             norm_type,
             partial_of,
-            norm_of,
+            lambda partial: norms_of(partial, norm_type),
         ).squeeze(1)
 
     def stats_and_norm(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +141,7 @@ class Sharded(Gradients):
             held = local
             place = [k if k >= 0 and self.tensors[k].numel() > 0 else -1 for k in place]
             if _is_partial(share):
-                grads = [_local(_reduce_partial(grad)) for grad in share.slots if grad is not None]
+                grads = [_local(reduce_partial(grad)) for grad in share.slots if grad is not None]
                 held = of(parts.of_tensors(grads)).to(local) if grads else local[:0]
                 place = _enumerate(share.slots)
             padded = torch.cat([held, held.new_full((1, columns), nothing(order))])
@@ -227,7 +220,7 @@ class Sharded(Gradients):
             members = [member for index, each in self._counted if index == i for member in each]
             grads = share.slots
             if _is_partial(share):
-                grads = [grad if grad is None else _reduce_partial(grad) for grad in grads]
+                grads = [grad if grad is None else reduce_partial(grad) for grad in grads]
                 reduced = [_local(grad) for grad in grads if grad is not None]
                 members = [parts.of_tensors(reduced)] if reduced else []
             key = share.mesh, _sharded_dims(share)
@@ -238,6 +231,15 @@ class Sharded(Gradients):
                 slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
+
+
+def norms_of(partials: Tensor, norm_type: float) -> Tensor:
+    """Norms, each of one tensor or unit, from their partials over all ranks."""
+    if norm_type == 0:
+        return (partials != 0).to(partials.dtype)
+    norms = root(partials, norm_type)
+    # Of no elements on any rank the norm is 0.
+    return torch.where(norms == nothing(norm_type), 0.0, norms) if norm_type < 0 else norms
 
 
 def reduced_norm(routed: Sequence[Routed], norm_type: float, groups: Sequence[ProcessGroup], like: Tensor) -> Tensor:
@@ -307,7 +309,7 @@ def _local(tensor: DTensor) -> Tensor:
 
 
 @torch.no_grad()
-def _reduce_partial(tensor: DTensor) -> DTensor:
+def reduce_partial(tensor: DTensor) -> DTensor:
     from torch.distributed.tensor import Replicate
 
     return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])

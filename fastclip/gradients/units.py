@@ -1,22 +1,29 @@
 """The units of tensors, such as the rows of a weight, each with a norm and a coefficient of its own.
 
 Units that are runs of memory go through the engines as if each were a tensor; all others, and tensors that no compiled
-engine takes, through torch's ops.
+engine takes, through torch's ops. Of DTensors each rank passes over its own part of the units.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _ops
-from ..arithmetic import wide_dtype
-from . import parts, reading
+from .. import _dispatch, _ops, distributed
+from ..arithmetic import is_power, nothing, power_unit, wide_dtype
+from ..backends import eager
+from ..distributed import Route
+from . import parts, reading, sharded
 from .plain import Plain
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 class Units(Plain):
@@ -42,11 +49,13 @@ class Units(Plain):
         if not hasattr(self._engine, "clipped_sums") or batch == 0:
             return None
         sums = [torch.empty_like(tensor[0]) for tensor in self.tensors]
-        norms = torch.empty(self._count if per_layer else batch, dtype=torch.float64)
+        norms = torch.empty(self._count if per_layer else batch, dtype=torch.float64, device=self._device)
         into = Units.read(sums, [0] * len(sums), writes=False)
         if into is None:
             return None
         self._engine.clipped_sums(self._views, into[0], max_norm, per_layer, norms)
+        if not eager.is_ordinary(max_norm / norms.clamp(min=max_norm)):
+            return None  # a coefficient that its float32 loops cannot hold
         return sums, norms.reshape(len(sums) if per_layer else 1, -1)
 
 
@@ -66,8 +75,53 @@ class TorchUnits:
         for tensor, shape, each in zip(
             self.tensors, shapes, coefs.split([shape.numel() for shape in shapes]), strict=True
         ):
-            wide = tensor.dtype in (torch.float64, torch.complex128)
-            tensor.mul_(each.to(tensor.device, torch.float64 if wide else torch.float32).reshape(shape))
+            eager.multiply_(tensor, eager.factors_of(each.to(tensor.device, wide_dtype(tensor.device)).reshape(shape)))
+
+
+class ShardedUnits:
+    """The units of a DTensor, of which this rank has those, or the parts of those, that are in its shard.
+
+    A unit whose parts are on several ranks has its norm reduced over them, in one collective for each such tensor.
+    """
+
+    def __init__(self, tensor: DTensor, dims: tuple[int, ...], writes: bool) -> None:
+        self._tensor, self._dims = tensor, dims
+        self._local = _of_plain(sharded.local_tensor(tensor), dims, writes)
+
+    def norms(self, norm_type: float) -> Tensor:
+        """Those of the units in the shard."""
+        tensor, local = self._tensor, self._local
+        if any(placement.is_partial() for placement in tensor.placements):
+            tensor = sharded.reduce_partial(tensor)
+            local = _of_plain(sharded.local_tensor(tensor), self._dims, False)
+        norms = local.norms(norm_type)
+        mesh = tensor.device_mesh
+        over = [d for d, p in enumerate(tensor.placements) if _dim(p) in self._dims]
+        groups = tuple(mesh.get_group(d) for d in over if mesh.size(d) > 1)
+        if not groups:
+            return norms
+        if sharded.local_tensor(tensor).numel() == 0:
+            norms = torch.full_like(norms, nothing(norm_type))
+        partials = norms.square() if norm_type == 2 else norms
+        return sharded.norms_of(distributed.reduce([partials], [Route(groups)], norm_type)[0], norm_type)
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        self._local.scale_each_(coefs)
+
+    def shaped(self, norms: Tensor) -> Tensor:
+        """The norms of all units, a DTensor that is sharded as they are."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        tensor, shape = self._tensor, kept_shape(self._tensor, self._dims)
+        kept = [Replicate() if (d := _dim(p)) is None or d in self._dims else p for p in tensor.placements]
+        local = norms.reshape(kept_shape(sharded.local_tensor(tensor), self._dims))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, tensor.device_mesh, kept, run_check=False, shape=shape, stride=stride)
+
+
+def _dim(placement: Placement) -> int | None:
+    """The dimension that a placement shards; None if it shards none."""
+    return getattr(placement, "dim", None)
 
 
 def kept_shape(tensor: Tensor, dims: tuple[int, ...]) -> torch.Size:
@@ -75,13 +129,40 @@ def kept_shape(tensor: Tensor, dims: tuple[int, ...]) -> torch.Size:
     return torch.Size(1 if d in dims else size for d, size in enumerate(tensor.shape))
 
 
-def of(tensors: Sequence[Tensor], dims: Sequence[tuple[int, ...]], writes: bool) -> list[Units | TorchUnits]:
+def shaped(
+    tensors: Sequence[Tensor],
+    dims: Sequence[tuple[int, ...]],
+    read: Sequence[Units | TorchUnits | ShardedUnits],
+    norms: Sequence[Tensor],
+) -> list[Tensor]:
+    """For each tensor its norms, with the dimensions that they run over, of size 1, from those of what was read."""
+    shapes = [kept_shape(*each) for each in zip(tensors, dims, strict=True)]
+    if len(read) < len(tensors):
+        norms = norms[0].split([shape.numel() for shape in shapes])
+        return [norm.reshape(shape) for norm, shape in zip(norms, shapes, strict=True)]
+    return [
+        each.shaped(norm) if isinstance(each, ShardedUnits) else norm.reshape(shape)
+        for each, norm, shape in zip(read, norms, shapes, strict=True)
+    ]
+
+
+def of(
+    tensors: Sequence[Tensor], dims: Sequence[tuple[int, ...]], writes: bool
+) -> list[Units | TorchUnits | ShardedUnits]:
     """Reads tensors, checked if they are to be written, with the dimensions that a unit of each has."""
     tensors, dims = list(tensors), list(dims)
     if (found := _compiled(tensors, dims, writes)) is not None:
         return [found]
-    parts.check(tensors, writes)
-    return [_compiled([t], [d], writes) or TorchUnits([t], [d]) for t, d in zip(tensors, dims, strict=True)]
+    parts.check([sharded.local_tensor(tensor) for tensor in tensors], writes)
+    dtensor = distributed.dtensor_type()
+    return [
+        ShardedUnits(t, d, writes) if dtensor is not None and type(t) is dtensor else _of_plain(t, d, writes)
+        for t, d in zip(tensors, dims, strict=True)
+    ]
+
+
+def _of_plain(tensor: Tensor, dims: tuple[int, ...], writes: bool) -> Units | TorchUnits:
+    return _compiled([tensor], [dims], writes) or TorchUnits([tensor], [dims])
 
 
 def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]], writes: bool) -> Units | None:
@@ -109,7 +190,15 @@ def _norms(tensor: Tensor, dims: tuple[int, ...], norm_type: float) -> Tensor:
     """Over some dimensions, wide; of no elements 0."""
     shape = kept_shape(tensor, dims)
     wide = wide_dtype(tensor.device)
-    if tensor.numel() == 0 or not dims:
-        return tensor.new_zeros(shape, dtype=wide) if tensor.numel() == 0 else tensor.abs().to(wide)
+    if tensor.numel() == 0:
+        return tensor.new_zeros(shape, dtype=wide)
+    if not dims:
+        return (tensor != 0).to(wide) if norm_type == 0 else tensor.abs().to(wide)
     dtype = wide.to_complex() if tensor.is_complex() else wide
-    return torch.linalg.vector_norm(tensor, norm_type, dim=dims, keepdim=True, dtype=dtype)
+    norm = functools.partial(torch.linalg.vector_norm, dim=dims, keepdim=True)
+    if norm_type == 0:  # of one tensor, which counts once
+        return (norm(tensor, math.inf) != 0).to(wide)
+    if is_power(norm_type) and eager.may_leave_wide(tensor.dtype, wide, norm_type):
+        unit = power_unit(norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
+        return norm(tensor.to(dtype) / unit, norm_type) * unit
+    return norm(tensor, norm_type, dtype=dtype)
