@@ -281,7 +281,7 @@ def adaptive_clip_grad_(
     """Clips the gradient of every unit, in place, to ``clip_factor`` of the norm of its weights.
 
     A unit whose gradient has a norm of ``clip_factor * max(weight norm, eps)`` or more is scaled to it. One read of
-    weights and gradients, one write of what is clipped.
+    weights and gradients, one write of what is clipped. Of DTensors all ranks have to call, with the same gradients.
 
     Args:
         parameters: a Tensor or an iterable of Tensors whose ``.grad`` is clipped.

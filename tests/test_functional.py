@@ -356,7 +356,7 @@ def test_rows_and_columns_have_the_same_norm(norm_type):
     """Order 0 says whether there is a non-zero; other powers may leave float64 on the way to the norm."""
     rows = torch.tensor([[1e38, 3e37, 1e38], [0.0, 0.0, 0.0], [2e38, 1e-3, 1.0]])
     (expected,) = F.clip_by_norm_([rows.clone()], math.inf, norm_type, dim=1)
-    (found,) = F.clip_by_norm_([rows.t().clone()], math.inf, norm_type, dim=0)
+    (found,) = F.clip_by_norm_([rows.t().contiguous()], math.inf, norm_type, dim=0)
     torch.testing.assert_close(found.t(), expected)
     assert expected.isfinite().all()
 
@@ -369,7 +369,7 @@ def test_coefficients_below_float32(backend, dtype):
     (found,), count = F.per_example_clip([grads], 1e-10)
     torch.testing.assert_close(found.double(), (grads.double() * coefs).sum(0), rtol=1e-2, atol=0)
     assert count == 2
-    columns = grads.t().clone()
+    columns = grads.t().contiguous()
     F.clip_by_norm_([columns], 1e-10, dim=0)
     torch.testing.assert_close(columns.t().double(), grads.double() * coefs, rtol=1e-2, atol=0)
 

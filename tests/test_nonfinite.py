@@ -157,7 +157,9 @@ def test_a_sum_beyond_float64_is_not_finite_once_sanitized(way):
 
 
 def test_found_inf_of_any_shape_of_one_element(way):
-    for found_inf in (torch.tensor(7.0), torch.tensor([7.0]), torch.tensor([[7.0]]), torch.tensor([7.0, 7.0])[1:]):
+    apart = torch._neg_view(torch.tensor(7.0))  # its sign is not in memory
+    last = torch.tensor([7.0, 7.0])[1:]
+    for found_inf in (torch.tensor(7.0), torch.tensor([7.0]), torch.tensor([[7.0]]), last, apart):
         version = found_inf._version
         way.clip_grad_norm_([torch.tensor([math.inf])], 1.0, found_inf=found_inf)
         assert found_inf.reshape(()).item() == 1.0

@@ -39,16 +39,16 @@ class Clip(NamedTuple):
         """The same with 0-dim numbers on a device. What was ``found_inf`` may have to be given a copy."""
         found_inf, inv_scale = self.found_inf, self.inv_scale
         if found_inf is not None:
-            near = found_inf.device == device
+            near = found_inf.device == device and not found_inf.is_neg()
             found_inf = found_inf.detach().reshape(()) if near else torch.empty((), dtype=torch.float32, device=device)
         if inv_scale is not None:
             inv_scale = as_number(inv_scale, device).resolve_neg()
         return self._replace(found_inf=found_inf, inv_scale=inv_scale)
 
     def hand_back(self, found_inf: Tensor | None) -> None:
-        """Gives ``found_inf``, of another device, what was written to the number of :meth:`at`."""
+        """Gives ``found_inf`` what was written to the number of :meth:`at`, where that is not its memory."""
         near = self.found_inf
-        if found_inf is not None and near is not None and found_inf.device != near.device:
+        if found_inf is not None and near is not None and (found_inf.device != near.device or found_inf.is_neg()):
             found_inf.detach().copy_(near)
 
 
