@@ -228,10 +228,10 @@ def test_eager_without_a_look_at_the_coefficient(monkeypatch, coef):
         grads = [random(generator, dtype, *shape) for dtype in reference.FLOATS for shape in ((), (0,), (7,), (3, 5))]
         grads += [(g * (torch.finfo(g.dtype).max / 8)).clone() for g in grads]
         expected = [g.clone() for g in grads]
-        monkeypatch.setattr(eager, "_is_ordinary", lambda coef, known=known: known and eager_looks(coef))
+        monkeypatch.setattr(eager, "is_ordinary", lambda coef, known=known: known and eager_looks(coef))
         eager.scale_(grads, factor)
         reference.scale_rounded_(expected, coef)
         reference.assert_bits(grads, expected)
 
 
-eager_looks = eager._is_ordinary
+eager_looks = eager.is_ordinary
