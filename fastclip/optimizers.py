@@ -45,7 +45,7 @@ def clippable(optimizer: Optimizer) -> list[Tensor]:
         >>> [parameter.numel() for parameter in fastclip.clippable(optimizer)]
         [2]
     """
-    return [p for group in optimizer.param_groups if group.get("clip_grad", True) is not False for p in group["params"]]
+    return [p for group in optimizer.param_groups if _is_clipped(group) for p in group["params"]]
 
 
 def clip_on_step(
@@ -457,8 +457,12 @@ def _takes_scale(optimizer: Optimizer) -> bool:
     return fused and getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
+def _is_clipped(group: dict[str, Any]) -> bool:
+    return group.get("clip_grad", True) is not False
+
+
 def _leaves_out(optimizer: Optimizer) -> bool:
-    return any(group.get("clip_grad", True) is False for group in optimizer.param_groups)
+    return not all(map(_is_clipped, optimizer.param_groups))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

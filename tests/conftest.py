@@ -49,6 +49,17 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
+@pytest.fixture(scope="module")
+def world():
+    """A process group of this process alone, for ways that are sharded."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    import ways
+
+    with ways.one_rank():
+        yield
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Force each available backend in turn."""

@@ -20,12 +20,7 @@ from fastclip import gradients
 NORM_TYPES = (2.0, 1.0, math.inf, -math.inf, 0.0, 3.0, 30.0, -1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    if not torch.distributed.is_available():
-        pytest.skip("torch without distributed")
-    with ways.one_rank():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(params=["reader", "op", "parts", "eager"])

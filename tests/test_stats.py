@@ -15,13 +15,7 @@ from cases import CASES
 from fastclip import gradients
 from fastclip.backends import eager
 
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    if not torch.distributed.is_available():
-        pytest.skip("torch without distributed")
-    with ways.one_rank():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(params=ways.WAYS)

@@ -12,13 +12,7 @@ import reference
 import ways
 from cases import CASES, parameters, random
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world():
-    with ways.one_rank():
-        yield
+pytestmark = pytest.mark.usefixtures("world")
 
 
 @pytest.fixture(params=ways.WAYS)

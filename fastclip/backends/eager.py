@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -76,11 +77,6 @@ def powers_leave_float64(dtype: torch.dtype, norm_type: float) -> bool:
     return abs(norm_type) * _REACH[dtype] > 900
 
 
-def may_leave_wide(dtype: torch.dtype, wide: torch.dtype, norm_type: float) -> bool:
-    """Whether the powers have to be summed in a unit of their own."""
-    return wide != torch.float64 or (dtype in _REACH and powers_leave_float64(dtype, norm_type))
-
-
 @torch.no_grad()
 def scale_(tensors: list[Tensor], clip_coef: Tensor, *, zero: bool = False) -> None:
     factors = factors_of(clip_coef)
@@ -141,13 +137,20 @@ def _vector_norm(tensor: Tensor, norm_type: float) -> Tensor:
     if tensor.numel() == 0:
         # torch has no norm of nothing for p < 0 and inf; an empty tensor contributes nothing.
         return tensor.new_full((), math.inf if norm_type < 0 else 0.0, dtype=wide_dtype(tensor.device))
+    return wide_norm(tensor, norm_type)
+
+
+def wide_norm(tensor: Tensor, norm_type: float, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Torch's vector norm, wide, over all dimensions, or over some that are kept with size 1; of no empty tensor."""
     dtype = wide = wide_dtype(tensor.device)
     if tensor.is_complex():
         dtype = wide.to_complex()
-    if is_power(norm_type) and may_leave_wide(tensor.dtype, wide, norm_type):
-        unit = power_unit(torch.linalg.vector_norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
-        return torch.linalg.vector_norm(tensor.to(dtype, copy=True).div_(unit), norm_type) * unit
-    return torch.linalg.vector_norm(tensor, norm_type, dtype=dtype)
+    norm = functools.partial(torch.linalg.vector_norm, dim=dims, keepdim=dims is not None)
+    may_leave_wide = wide != torch.float64 or (tensor.dtype in _REACH and powers_leave_float64(tensor.dtype, norm_type))
+    if is_power(norm_type) and may_leave_wide:
+        unit = power_unit(norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
+        return norm(tensor.to(dtype, copy=True).div_(unit), norm_type) * unit
+    return norm(tensor, norm_type, dtype=dtype)
 
 
 def _no_elements(dtype: torch.dtype) -> list[Tensor]:

@@ -87,15 +87,11 @@ class Sharded(Gradients):
         """Each over all ranks that share the tensor: one vector for each route, reduced before the root."""
         wide = wide_dtype(self.tensors[0].device) if self.tensors else torch.float64
         norms = self._local.norms(norm_type) if self._local else torch.zeros(0, dtype=wide)
-
-        def partial_of(norm: Tensor) -> Tensor:
-            return norm.square() if norm_type == 2 else norm
-
         return self._over_ranks(
             norms.unsqueeze(1),
             lambda members: members.norms(norm_type).unsqueeze(1),
             norm_type,
-            partial_of,
+            lambda norm: partials_of(norm, norm_type),
             lambda partial: norms_of(partial, norm_type),
         ).squeeze(1)
 
@@ -231,6 +227,11 @@ class Sharded(Gradients):
                 slots.extend(grad if grad is None else _local(grad) for grad in grads)
         plain = [member for index, each in self._counted if index < 0 for member in each]
         return [*found.values(), Routed(Route(()), plain, None)]
+
+
+def partials_of(norms: Tensor, norm_type: float) -> Tensor:
+    """What ranks reduce, of norms that are each of one tensor or unit; :func:`norms_of` is the way back."""
+    return norms.square() if norm_type == 2 else norms
 
 
 def norms_of(partials: Tensor, norm_type: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _ops, distributed
-from ..arithmetic import is_power, nothing, power_unit, wide_dtype
+from ..arithmetic import nothing, wide_dtype
 from ..backends import eager
 from ..distributed import Route
 from . import parts, reading, sharded
@@ -102,7 +102,7 @@ class ShardedUnits:
             return norms
         if sharded.local_tensor(tensor).numel() == 0:
             norms = torch.full_like(norms, nothing(norm_type))
-        partials = norms.square() if norm_type == 2 else norms
+        partials = sharded.partials_of(norms, norm_type)
         return sharded.norms_of(distributed.reduce([partials], [Route(groups)], norm_type)[0], norm_type)
 
     def scale_each_(self, coefs: Tensor) -> None:
@@ -194,11 +194,6 @@ def _norms(tensor: Tensor, dims: tuple[int, ...], norm_type: float) -> Tensor:
         return tensor.new_zeros(shape, dtype=wide)
     if not dims:
         return (tensor != 0).to(wide) if norm_type == 0 else tensor.abs().to(wide)
-    dtype = wide.to_complex() if tensor.is_complex() else wide
-    norm = functools.partial(torch.linalg.vector_norm, dim=dims, keepdim=True)
     if norm_type == 0:  # of one tensor, which counts once
-        return (norm(tensor, math.inf) != 0).to(wide)
-    if is_power(norm_type) and eager.may_leave_wide(tensor.dtype, wide, norm_type):
-        unit = power_unit(norm(tensor, math.copysign(math.inf, norm_type), dtype=dtype))
-        return norm(tensor.to(dtype) / unit, norm_type) * unit
-    return norm(tensor, norm_type, dtype=dtype)
+        return (eager.wide_norm(tensor, math.inf, dims) != 0).to(wide)
+    return eager.wide_norm(tensor, norm_type, dims)

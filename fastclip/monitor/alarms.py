@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +101,8 @@ class Alarms:
         if len(self._norms) >= LEAST and norm > JUMP_FACTOR * min(self._norms):
             logs = [math.log(each) for each in self._norms if each > 0] or [0.0]
             middle = median(logs)
-            # Robust: what stood out before does not widen it. Runs that are all alike still vary by a tenth.
-            deviation = max(1.4826 * median([abs(each - middle) for each in logs]), 0.1)
+            # Runs that are all alike still vary by a tenth.
+            deviation = max(spread(logs, middle), 0.1)
             usual = math.exp(middle)
             if norm > JUMP_FACTOR * usual and (math.log(norm) - middle) / deviation > JUMP_DEVIATIONS:
                 text = (
@@ -118,7 +118,7 @@ class Alarms:
         text = None
         if len(self._losses) >= LEAST and not loss <= 2 * min(self._losses):
             middle = median(self._losses)
-            deviation = max(1.4826 * median([abs(each - middle) for each in self._losses]), 0.05 * abs(middle), 1e-12)
+            deviation = max(spread(self._losses, middle), 0.05 * abs(middle), 1e-12)
             if (loss - middle) / deviation > JUMP_DEVIATIONS and loss - middle > abs(middle):
                 text = (
                     f"the loss jumped to {loss:.4g}, from about {middle:.4g} in the {len(self._losses)} steps before: "
@@ -208,6 +208,11 @@ def _nonfinite(row: Row) -> str:
         f"{row.nonfinite} elements of the gradient are not finite, first in {row.first_nonfinite!r}{others}: skip such "
         "steps (nonfinite='zero', found_inf, or a GradScaler), lower the learning rate, look at the inputs"
     )
+
+
+def spread(values: Collection[float], middle: float) -> float:
+    """Of values about their median, a standard deviation that what stands out does not widen (1.4826 MAD)."""
+    return 1.4826 * median([abs(each - middle) for each in values])
 
 
 def line(values: list[float]) -> tuple[float, float]:
