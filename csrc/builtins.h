@@ -92,10 +92,9 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<void (*)()>(call<kFunction>), METH_FASTCALL, nullptr};
 }
 
-// A dict of builtins; the methods have to stay where they are.
+// A dict with these builtins, too; the methods have to stay where they are.
 template <size_t kCount>
-Owned functions(PyMethodDef (&methods)[kCount]) {
-  Owned dict = checked(PyDict_New());
+Owned functions(PyMethodDef (&methods)[kCount], Owned dict = checked(PyDict_New())) {
   for (PyMethodDef& method : methods) {
     const Owned function = checked(PyCFunction_NewEx(&method, nullptr, nullptr));
     check(PyDict_SetItemString(dict.get(), method.name, function.get()));
@@ -135,28 +134,23 @@ struct Read {
   Tensors tensors;
   Owned list;  // the tensors themselves
   const long* counter;
-  long collections;            // what it counted
-  std::vector<size_t> counts;  // of the views of each tensor; none where each has one
+  long collections;  // what it counted
 };
 constexpr const char* kReadName = "fastclip.Read";
 
 // Throws std::runtime_error where a tensor no longer has the memory that was read.
 inline void check_addresses(const Read& read) {
   const WithoutCollection guard;
-  const std::vector<TensorView>& views = read.tensors.views;
-  const size_t size = read.counts.empty() ? views.size() : read.counts.size();
-  for (size_t i = 0, next = 0; i < size; ++i) {
+  const Tensors& tensors = read.tensors;
+  for (size_t i = 0; i < tensors.views.size(); ++i) {
     PyObject* const tensor = PyList_GetItem(read.list.get(), static_cast<intptr_t>(i));
     dlpack::Tensor dl;
     if (tensor == nullptr || dlpack::exchange->from_object(tensor, &dl) != 0) throw Raised();
-    const size_t count = read.counts.empty() ? 1 : read.counts[i];
+    const int64_t count = tensors.units.empty() ? 1 : tensors.units[i].count;
     if (count == 0) continue;  // nothing of it is read or written
-    // The views of one tensor are of one size, and begin with it.
-    const TensorView& first = views[next];
-    next += count;
     int64_t numel = 1;
     for (int32_t d = 0; d < dl.ndim; ++d) numel *= dl.shape[d];
-    if (dl.data() != first.data || numel != static_cast<int64_t>(count) * first.numel)
+    if (dl.data() != tensors.views[i].data || numel != count * tensors.views[i].numel)
       throw std::runtime_error("fastclip: a finalizer gave gradient " + std::to_string(i) +
                                " other memory while it was clipped");
   }
@@ -168,7 +162,8 @@ inline Owned to_python(std::unique_ptr<Read> read) {
   read.release();
   return capsule;
 }
-inline const Tensors& to_tensors(PyObject* capsule) {
+// What was read: for a pass over each tensor, or unit, alone.
+inline const Tensors& to_each(PyObject* capsule) {
   Read* const read = static_cast<Read*>(PyCapsule_GetPointer(capsule, kReadName));
   if (read == nullptr) throw Raised();
   if (read->collections != *read->counter) {
@@ -176,6 +171,12 @@ inline const Tensors& to_tensors(PyObject* capsule) {
     read->collections = *read->counter;
   }
   return read->tensors;
+}
+// The same for a pass over all tensors together, which knows no units.
+inline const Tensors& to_tensors(PyObject* capsule) {
+  const Tensors& tensors = to_each(capsule);
+  if (!tensors.units.empty()) throw std::runtime_error("fastclip: expected tensors, got units of them");
+  return tensors;
 }
 
 }  // namespace fastclip::python

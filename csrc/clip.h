@@ -140,6 +140,13 @@ FASTCLIP_HD inline double clip_factor(double scaled_norm, double inv_scale, cons
   return clip_coef(scaled_norm, clip.max_norm) * inv_scale;
 }
 
+// The coefficient of a tensor, or unit, that is clipped by its own measure: 1 within the bound, NaN of NaN. With a
+// least number to divide by, one that is at its bound is scaled, too.
+inline double each_coef(double measure, double bound, double least) {
+  if (least > 0 ? measure < bound : measure <= bound) return 1.0;
+  return bound / max_nan(measure, least);
+}
+
 // Whether float32 holds a coefficient with fewer bits than its other numbers, or as 0: products are taken in float64.
 FASTCLIP_HD inline bool is_below_float32(double coef) { return coef != 0 && std::fabs(coef) < FLT_MIN; }
 

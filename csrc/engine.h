@@ -7,6 +7,7 @@
 
 namespace fastclip {
 
+// `norms` and `scale_each` take units, too: tensor i is then unit i.
 struct Engine {
   const char* dispatch_key;
   // *partial = sum |x|^p, max |x|, min |x| or the number of tensors with a non-zero: the norm before its root.

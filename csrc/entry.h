@@ -43,7 +43,7 @@ struct Ops {
   // tensor_norms(Tensor[] tensors, float norm_type) -> Tensor
   static void tensor_norms(StableIValue* stack, uint64_t, uint64_t) {
     const TensorList list(stack[0]);
-    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    const int64_t size = list.tensors().count;
     OwnedTensor norms = new_tensor(size, Dtype::kFloat64, list.tensors().device);
     kEngine.norms(list.tensors(), from_stack<double>(stack[1]), static_cast<double*>(data_of(norms)));
     leave(stack, std::move(norms));
@@ -52,7 +52,7 @@ struct Ops {
   // tensor_stats(Tensor[] tensors) -> Tensor
   static void tensor_stats(StableIValue* stack, uint64_t, uint64_t) {
     const TensorList list(stack[0]);
-    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    const int64_t size = list.tensors().count;
     OwnedTensor table = new_table(size, 4, Dtype::kFloat64, list.tensors().device);
     OwnedTensor partial = new_tensor(kScalar, Dtype::kFloat64, list.tensors().device);
     kEngine.stats(list.tensors(), static_cast<double*>(data_of(table)), {data_of(partial), Dtype::kFloat64});
@@ -64,7 +64,7 @@ struct Ops {
     const OwnedTensor coefs = to_tensor(stack[1]);
     const TensorList list(stack[0]);
     list.check_writable();
-    const int64_t size = static_cast<int64_t>(list.tensors().views.size());
+    const int64_t size = list.tensors().count;
     kEngine.scale_each(list.tensors(), view_numbers(coefs, size, list.tensors().device, "coefs"));
   }
 
@@ -148,11 +148,11 @@ struct Builtins {
     return run(tensors, [&] { kEngine.total_norm(tensors, norm_type, norm); });
   }
 
-  // norms(tensors, norm_type, norms): norms[i] = the norm of tensor i.
+  // norms(tensors, norm_type, norms): norms[i] = the norm of tensor, or unit, i.
   static python::Owned norms(const python::Arguments& arguments) {
-    const Tensors& tensors = python::to_tensors(arguments[0]);
+    const Tensors& tensors = python::to_each(arguments[0]);
     const double norm_type = arguments.to_double(1);
-    double* const norms = numbers_of(arguments[2], size_of(tensors));
+    double* const norms = numbers_of(arguments[2], tensors.count);
     return run(tensors, [&] { kEngine.norms(tensors, norm_type, norms); });
   }
 
@@ -160,15 +160,15 @@ struct Builtins {
   // row; *partial = norm_partial of order 2.
   static python::Owned stats(const python::Arguments& arguments) {
     const Tensors& tensors = python::to_tensors(arguments[0]);
-    double* const table = numbers_of(arguments[1], 4 * size_of(tensors));
+    double* const table = numbers_of(arguments[1], 4 * tensors.count);
     const Number partial = number_of(arguments[2]);
     return run(tensors, [&] { kEngine.stats(tensors, table, partial); });
   }
 
   // scale_each_(tensors, coefs)
   static python::Owned scale_each_(const python::Arguments& arguments) {
-    const Tensors& tensors = python::to_tensors(arguments[0]);
-    const double* const coefs = numbers_of(arguments[1], size_of(tensors));
+    const Tensors& tensors = python::to_each(arguments[0]);
+    const double* const coefs = numbers_of(arguments[1], tensors.count);
     return run(tensors, [&] { kEngine.scale_each(tensors, coefs); });
   }
 
@@ -263,7 +263,6 @@ struct Builtins {
     return number;
   }
 
-  static int64_t size_of(const Tensors& tensors) { return static_cast<int64_t>(tensors.views.size()); }
   // Taking the GIL back from a busy thread costs more than to pass over this many bytes.
   static constexpr int64_t kShort = 1 << 20;
 };

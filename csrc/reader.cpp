@@ -270,7 +270,7 @@ class Reader {
       set(tuple, 1, python::retain(section.list.get()));
       set(tuple, 0,
           taken ? to_python(std::unique_ptr<Read>(
-                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections, {}}))
+                      new Read{std::move(*section.tensors), std::move(section.list), &collections, collections}))
                 : python::retain(none()));
       check(PyList_Append(sections.get(), tuple.get()));
     }
@@ -303,32 +303,29 @@ Owned read(const Arguments& arguments) {
   return Reader(request).read(arguments[0]);
 }
 
-// Adds a view for every index into the dimensions of `kept`, bit d for dimension d, in the order of those indices.
-// False where the elements of one are not a run of memory, which the engines would read element by element, or units
-// may share memory.
-bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* units) {
+// Adds the units of a tensor: one for every index into the dimensions of `kept`, bit d for dimension d, in the order of
+// those indices. False where the elements of one are not a run of memory, which the engines would read element by
+// element, or units may share memory.
+bool add_units(const dlpack::Tensor& dl, Dtype dtype, uint64_t kept, Tensors* tensors) {
   if (may_overlap_itself(make_view(dl.data(), dtype, dl.ndim, dl.shape, dl.strides))) return false;
   std::vector<int64_t> sizes, strides;
-  std::vector<Dim> outer;
-  int64_t count = 1;
+  Units units{1, {}};
   for (int32_t d = 0; d < dl.ndim; ++d) {
-    if (kept >> d & 1) {
-      outer.push_back({dl.shape[d], dl.strides[d]});
-      count *= dl.shape[d];
-    } else {
-      sizes.push_back(dl.shape[d]);
-      strides.push_back(dl.strides[d]);
+    const Dim dim{dl.shape[d], dl.strides[d]};
+    if ((kept >> d & 1) == 0) {
+      sizes.push_back(dim.size);
+      strides.push_back(dim.stride);
+      continue;
     }
+    units.count *= dim.size;
+    if (!units.dims.empty() && units.dims.back().stride == dim.stride * dim.size)
+      units.dims.back() = {units.dims.back().size * dim.size, dim.stride};
+    else
+      units.dims.push_back(dim);
   }
-  char* const data = static_cast<char*>(dl.data());
-  const int64_t dim = static_cast<int64_t>(sizes.size());
-  const TensorView first = make_view(data, dtype, dim, sizes.data(), strides.data());
-  if (count > 0 && (first.dims != nullptr || lacks_memory(first))) return false;
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t offset = 0, index = i;
-    for (size_t d = outer.size(); d-- > 0; index /= outer[d].size) offset += index % outer[d].size * outer[d].stride;
-    units->add({data + offset * element_size(dtype), first.numel, nullptr, dtype});
-  }
+  TensorView first = make_view(dl.data(), dtype, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data());
+  if (units.count > 0 && (first.dims != nullptr || lacks_memory(first))) return false;
+  tensors->add(std::move(first), std::move(units));
   return true;
 }
 
@@ -339,9 +336,10 @@ Owned units(const Arguments& arguments) {
   const intptr_t size = PyList_Size(arguments[0]);
   check(size < 0 ? -1 : 0);
   const bool versions = arguments.to_bool(2);
-  auto read = std::make_unique<Read>(Read{{}, python::retain(arguments[0]), &collections, collections, {}});
+  auto read = std::make_unique<Read>(Read{{}, python::retain(arguments[0]), &collections, collections});
   Tensors& tensors = read->tensors;
-  read->counts.reserve(static_cast<size_t>(size));
+  tensors.views.reserve(static_cast<size_t>(size));
+  tensors.units.reserve(static_cast<size_t>(size));
   // As in Reader, no Python code runs while addresses are taken.
   const WithoutCollection guard;
   for (intptr_t i = 0; i < size; ++i) {
@@ -355,13 +353,11 @@ Owned units(const Arguments& arguments) {
         !find_device(dl, &device) || !dlpack::to_dtype(dl.dtype, &dtype))
       return python::retain(none());
     if (i == 0) tensors.device = device;
-    const size_t before = tensors.views.size();
     if (device.type != tensors.device.type || device.index != tensors.device.index ||
         !add_units(dl, dtype, static_cast<uint64_t>(kept), &tensors))
       return python::retain(none());
-    read->counts.push_back(tensors.views.size() - before);
   }
-  const int64_t count = static_cast<int64_t>(tensors.views.size()), index = tensors.device.index;
+  const int64_t count = tensors.count, index = tensors.device.index;
   Owned found = checked(PyTuple_New(3));
   set(found, 0, to_python(std::move(read)));
   set(found, 1, to_long(count));

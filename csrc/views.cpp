@@ -39,13 +39,45 @@ std::unique_ptr<const std::vector<Dim>> merged_dims(int64_t dim, const int64_t* 
 struct Span {
   const char *begin, *end;
 };
-Span span_of(const TensorView& tensor) {
-  int64_t reach = tensor.numel;
-  if (tensor.dims != nullptr) {
-    reach = 1;
-    for (const Dim& dim : *tensor.dims) reach += (dim.size - 1) * dim.stride;
-  }
+Span span_of(const TensorView& tensor, const Units* units = nullptr) {
+  const auto reach_of = [](const std::vector<Dim>& dims) {
+    int64_t reach = 0;
+    for (const Dim& dim : dims) reach += (dim.size - 1) * dim.stride;
+    return reach;
+  };
+  int64_t reach = tensor.dims == nullptr ? tensor.numel : 1 + reach_of(*tensor.dims);
+  if (units != nullptr) reach += reach_of(units->dims);
   return {tensor.data, tensor.data + reach * element_size(tensor.dtype)};
+}
+
+// For each span the round in which it can be written; the last of them all.
+size_t number_rounds(const std::vector<Span>& spans, std::vector<size_t>* round) {
+  struct Place {
+    Span span;
+    size_t index;
+  };
+  std::vector<Place> places;
+  places.reserve(spans.size());
+  for (size_t i = 0; i < spans.size(); ++i) places.push_back({spans[i], i});
+  const auto before = [](const Place& a, const Place& b) { return a.span.begin < b.span.begin; };
+  if (!std::is_sorted(places.begin(), places.end(), before)) std::sort(places.begin(), places.end(), before);
+  // Spans that are connected go one after the other; the first of them, like all others, in the first round.
+  round->assign(spans.size(), 0);
+  std::vector<size_t> cluster;
+  size_t last = 0;
+  for (size_t i = 0; i < places.size();) {
+    const char* end = places[i].span.end;
+    cluster = {places[i].index};
+    for (++i; i < places.size() && places[i].span.begin < end; ++i) {
+      end = std::max(end, places[i].span.end);
+      cluster.push_back(places[i].index);
+    }
+    if (cluster.size() == 1) continue;
+    std::sort(cluster.begin(), cluster.end());
+    for (size_t r = 0; r < cluster.size(); ++r) (*round)[cluster[r]] = r;
+    last = std::max(last, cluster.size() - 1);
+  }
+  return last;
 }
 
 }  // namespace
@@ -100,34 +132,42 @@ bool powers_may_leave_float64(const TensorViews& tensors, double norm_type) {
 }
 
 std::vector<TensorViews> write_rounds(const TensorViews& tensors) {
-  struct Place {
-    Span span;
-    size_t index;
-  };
-  std::vector<Place> places;
-  places.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) places.push_back({span_of(*tensors[i]), i});
-  const auto before = [](const Place& a, const Place& b) { return a.span.begin < b.span.begin; };
-  if (!std::is_sorted(places.begin(), places.end(), before)) std::sort(places.begin(), places.end(), before);
-  // Tensors whose spans are connected go one after the other; the first of them, like all others, in the first round.
-  std::vector<size_t> round(tensors.size(), 0), cluster;
-  size_t rounds = 1;
-  for (size_t i = 0; i < places.size();) {
-    const char* end = places[i].span.end;
-    cluster = {places[i].index};
-    for (++i; i < places.size() && places[i].span.begin < end; ++i) {
-      end = std::max(end, places[i].span.end);
-      cluster.push_back(places[i].index);
-    }
-    if (cluster.size() == 1) continue;
-    std::sort(cluster.begin(), cluster.end());
-    for (size_t r = 0; r < cluster.size(); ++r) round[cluster[r]] = r;
-    rounds = std::max(rounds, cluster.size());
-  }
-  std::vector<TensorViews> out(rounds);
+  std::vector<Span> spans;
+  spans.reserve(tensors.size());
+  for (const TensorView* tensor : tensors) spans.push_back(span_of(*tensor));
+  std::vector<size_t> round;
+  std::vector<TensorViews> out(number_rounds(spans, &round) + 1);
   out[0].reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) out[round[i]].push_back(tensors[i]);
   return out;
+}
+
+std::vector<std::vector<size_t>> write_rounds(const Tensors& tensors) {
+  std::vector<Span> spans;
+  std::vector<size_t> places, round;
+  for (size_t k = 0; k < tensors.views.size(); ++k) {
+    const Units* const units = tensors.units.empty() ? nullptr : &tensors.units[k];
+    if (tensors.views[k].numel == 0 || (units != nullptr && units->count == 0)) continue;
+    spans.push_back(span_of(tensors.views[k], units));
+    places.push_back(k);
+  }
+  std::vector<std::vector<size_t>> out(number_rounds(spans, &round) + 1);
+  out[0].reserve(places.size());
+  for (size_t i = 0; i < places.size(); ++i) out[round[i]].push_back(places[i]);
+  return out;
+}
+
+TensorView unit_view(const TensorView& first, const Units& units, int64_t i) {
+  return {first.data + units.offset(i) * element_size(first.dtype), first.numel, nullptr, first.dtype};
+}
+
+std::vector<TensorView> each_unit(const Tensors& tensors) {
+  std::vector<TensorView> each;
+  each.reserve(static_cast<size_t>(tensors.count));
+  for (size_t k = 0; k < tensors.units.size(); ++k)
+    for (int64_t i = 0; i < tensors.units[k].count; ++i)
+      each.push_back(unit_view(tensors.views[k], tensors.units[k], i));
+  return each;
 }
 
 }  // namespace fastclip

@@ -24,15 +24,38 @@ struct TensorView {
   Dtype dtype;
 };
 
-// A list of tensors in the memory of one device. Whoever makes it keeps that memory alive.
+// The units of a tensor: so many runs of memory, each like the tensor's view, which is the first of them.
+struct Units {
+  int64_t count;
+  std::vector<Dim> dims;  // of which the number of a unit is an index, outermost first
+
+  // Where unit i begins, in elements.
+  int64_t offset(int64_t i) const {
+    int64_t offset = 0;
+    for (size_t d = dims.size(); d-- > 1; i /= dims[d].size) offset += i % dims[d].size * dims[d].stride;
+    return dims.empty() ? offset : offset + i * dims[0].stride;
+  }
+};
+
+// A list of tensors in the memory of one device, or of their units, which the passes that treat each alone then take.
+// Whoever makes it keeps that memory alive.
 struct Tensors {
   std::vector<TensorView> views;
+  std::vector<Units> units;  // none where each view is a whole tensor
   Device device{};
+  int64_t count = 0;  // of tensors, or of all units
   int64_t bytes = 0;  // of all elements
 
   void add(TensorView view) {
+    ++count;
     bytes += view.numel * element_size(view.dtype);
     views.push_back(std::move(view));
+  }
+  void add(TensorView first, Units all) {
+    count += all.count;
+    bytes += all.count * first.numel * element_size(first.dtype);
+    views.push_back(std::move(first));
+    units.push_back(std::move(all));
   }
 };
 
@@ -58,5 +81,11 @@ bool powers_may_leave_float64(const TensorViews& tensors, double norm_type);
 // The tensors in rounds of which each can be written at once: torch writes a tensor that is listed twice, or that
 // overlaps another, twice, in the order of the list.
 std::vector<TensorViews> write_rounds(const TensorViews& tensors);
+// The same for a list whose units are written: the places of its tensors, of those that have elements.
+std::vector<std::vector<size_t>> write_rounds(const Tensors& tensors);
+
+// A view of unit i, and of each.
+TensorView unit_view(const TensorView& first, const Units& units, int64_t i);
+std::vector<TensorView> each_unit(const Tensors& tensors);
 
 }  // namespace fastclip

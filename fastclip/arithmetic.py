@@ -78,6 +78,18 @@ def clip_coef(total_norm: Tensor, max_norm: float) -> Tensor:
     return ((total_norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
 
 
+def each_coef(measures: Tensor, bounds: Tensor | float, least: float = 0.0) -> Tensor:
+    """The coefficients of tensors, or units, each clipped by its own measure: 1 within the bound, NaN of NaN.
+
+    With a least number to divide by, one that is at its bound is scaled, too.
+    """
+    if not isinstance(bounds, Tensor):  # torch divides a Python number by way of the reciprocal, which rounds twice
+        bounds = measures.new_full((), bounds)
+    if least > 0:
+        return torch.where(measures < bounds, 1.0, bounds / measures.clamp(min=least))
+    return torch.where(measures <= bounds, 1.0, bounds / measures)
+
+
 def scaled_norm(total_norm: Tensor, norm_type: float, inv_scale: float | Tensor) -> Tensor:
     """The norm of the gradients times ``inv_scale``, from theirs."""
     factor = as_number(inv_scale, total_norm.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, gradients
-from .arithmetic import indices, wide_dtype
+from .arithmetic import each_coef, indices, wide_dtype
 from .backends import eager
 from .clip import _check_norm_dtype, _to_float
 from .gradients import units
@@ -107,9 +107,7 @@ def clip_by_norm_(
     _check_units(tensors, "tensors[{}]")
     dims = [_to_dims(dim, tensor) for tensor in tensors]
     read = units.of(tensors, dims, writes=True) if tensors else []
-    norms = [each.norms(norm_type) for each in read]
-    for each, norm in zip(read, norms, strict=True):
-        each.scale_each_(_coefs(norm, max_norm))
+    norms = [each.clip_each_(norm_type, max_norm) for each in read]
     return [
         norm.to(tensor.real.dtype if tensor.is_complex() else tensor.dtype)
         for tensor, norm in zip(tensors, units.shaped(tensors, dims, read, norms), strict=True)
@@ -157,7 +155,7 @@ def clip_by_global_norm_(
     read = _read(tensors)
     norm = read.total_norm(norm_type) if total_norm is None else distributed.full(total_norm)
     if tensors:
-        read.scale_(_coefs(norm.detach().to(wide_dtype(norm.device)), max_norm))
+        read.scale_(each_coef(norm.detach().to(wide_dtype(norm.device)), max_norm))
     return read.finish(norm, None) if total_norm is None else total_norm
 
 
@@ -262,7 +260,7 @@ def per_example_clip(
         each_norms = units.shaped(tensors, dims, read, [each.norms(2.0) for each in read])
         norms = torch.stack([norm.reshape(-1).to(home) for norm in each_norms])
         norms = norms if per_layer else torch.linalg.vector_norm(norms, dim=0, keepdim=True)
-        coefs = _coefs(norms, max_norm).expand(len(tensors), batch)
+        coefs = each_coef(norms, max_norm).expand(len(tensors), batch)
         found = [_weighted_sum(c, t) for c, t in zip(coefs, tensors, strict=True)], norms
     sums, norms = found
     clipped = (norms > max_norm).sum(1)
@@ -324,10 +322,8 @@ def adaptive_clip_grad_(
         written = [each for one in zip(grads, dims, strict=True) for each in units.of([one[0]], [one[1]], True)]
         weights = [each for one in zip(chosen, dims, strict=True) for each in units.of([one[0]], [one[1]], False)]
     bounds = [each.norms(norm_type).clamp(min=eps) * clip_factor for each in weights]
-    norms = [each.norms(norm_type) for each in written]
-    for each, norm, bound in zip(written, norms, bounds, strict=True):
-        bound = bound.to(norm.device)
-        each.scale_each_(torch.where(norm < bound, 1.0, bound / norm.clamp(min=1e-6)))
+    for each, bound in zip(written, bounds, strict=True):
+        each.clip_each_(norm_type, bound, least=1e-6)
 
 
 def get_tensor_norms(
@@ -372,19 +368,15 @@ def _clip_each_(
 ) -> Tensor:
     """Scales each tensor whose norm, divided by what `divisor` says of its size, is above a bound; returns those."""
     read = _read(tensors)
-    norms, order = read.norms(norm_type), _order(read, tensors)
+    order = _order(read, tensors)
+    divisors = None
     if divisor is not None:
         by = [divisor(max(tensor.numel(), 1)) for tensor in tensors]  # a DTensor has the size over all ranks
         if order is not None:
             by = [size for _, size in sorted(zip(order, by, strict=True))]
-        norms = norms / torch.tensor(by, dtype=norms.dtype, device="cpu").to(norms.device, non_blocking=True)
-    read.scale_each_(_coefs(norms, bound))
+        divisors = torch.tensor(by, dtype=torch.float64, device="cpu")
+    norms = read.clip_each_(norm_type, bound, divisors)
     return read.finish(norms if order is None else norms[indices(order, norms.device)], None)
-
-
-def _coefs(norms: Tensor, bound: float) -> Tensor:
-    """1 within the bound, ``bound / norm`` above it; NaN of NaN."""
-    return torch.where(norms <= bound, 1.0, bound / norms)
 
 
 def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | None:

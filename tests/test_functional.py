@@ -12,7 +12,8 @@ import fastclip
 import reference
 from cases import parameters
 from fastclip import functional as F
-from fastclip.gradients import units
+from fastclip import gradients
+from fastclip.gradients import contract, units
 
 DTYPES = (*reference.FLOATS, torch.complex64)
 
@@ -39,7 +40,7 @@ def wide(tensor):
 
 def check_clipped(got, before, measure, bound):
     """Kept bitwise within the bound; within 1 ulp of t * (c / n) above it; a NaN unit is NaN, an infinite one 0."""
-    coef = torch.where(measure <= bound, 1.0, bound / measure)
+    coef = torch.where(measure <= bound, 1.0, torch.full_like(measure, bound) / measure)
     if measure.numel() == 1 and measure.item() <= bound:
         assert torch.equal(got, before)
     product = wide(before) * coef
@@ -95,6 +96,44 @@ def test_rows_go_through_the_kernels(cpu):
         assert type(read) is taken
         expected = torch.linalg.vector_norm(tensor, dim=dims).reshape(-1)
         torch.testing.assert_close(read.norms(2.0).to(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("dims", [(1,), (0,), (1, 2), (0, 2), (2,), (0, 1, 2)])
+def test_units_of_any_layout_and_size(backend, dims):
+    """Long and short ones, with one step between them, several, and none; two tensors whose units interleave."""
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    made = make(5, 6, 40)
+    tensors = [make(2, 3, 70_000), make(4, 1, 3), made[:, :, :9], made[:, :, 9:20], make(7, 5, 6).permute(1, 0, 2)]
+    tensors += [make(7, 5, 6).permute(0, 2, 1)[:2], make(3, 2, 0), make(0, 2, 3)]
+    before = [t.clone() for t in tensors]
+    norms = F.clip_by_norm_(tensors, 2.0, dim=dims)
+    for got, was, found in zip(tensors, before, norms, strict=True):
+        expected = torch.linalg.vector_norm(was.double(), dim=dims, keepdim=True)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+        check_clipped(got, was, expected, 2.0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.0, 3.0])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_what_is_clipped_in_cache_has_the_bits_of_two_passes(cpu, norm_type, repeat):
+    """Short tensors, long ones of several blocks, holes; what is listed twice has the norm that it had before."""
+    generator = torch.Generator().manual_seed(6)
+    sizes = ((7,), (65_536,), (3_000_001,), (65_537,), (1_500_000,), (0,), (300, 401), ())
+    made = [torch.randn(s, generator=generator, dtype=d) for s in sizes for d in (torch.float32, torch.bfloat16)]
+    made.append(torch.randn(2_000_000, generator=generator, dtype=torch.float64))
+    made.append(torch.randn(300, 401, generator=generator)[:, 1:])
+    made += made[:4] if repeat else []
+    bounds = torch.linspace(0.5, 900.0, len(made), dtype=torch.float64)
+    divisors = torch.linspace(1.0, 3.0, len(made), dtype=torch.float64)
+    for least in (0.0, 1e-6):
+        tensors, expected = ([c[id(t)] for t in made] for c in ({id(t): t.clone() for t in made} for _ in range(2)))
+        versions = [t._version for t in tensors]
+        measures = gradients.of(tensors, gradients=False).clip_each_(norm_type, bounds, divisors, least)
+        want = contract.Each.clip_each_(gradients.of(expected, gradients=False), norm_type, bounds, divisors, least)
+        assert torch.equal(measures, want)
+        reference.assert_bits(tensors, expected)
+        assert all(t._version > version for t, version in zip(tensors, versions, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

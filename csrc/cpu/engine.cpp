@@ -51,7 +51,7 @@ constexpr Engine kEngine = {
       const DefaultFloatMode mode;
       store(norm, total_norm(tensors.views, norm_type));
     },
-    [](const Tensors& tensors, double norm_type, double* out) { norms(tensors.views, norm_type, out); },
+    [](const Tensors& tensors, double norm_type, double* out) { norms(tensors, norm_type, out); },
     [](const Tensors& tensors, double* table, Number partial) {
       const DefaultFloatMode mode;
       store(partial, stats(tensors.views, table));
@@ -60,7 +60,7 @@ constexpr Engine kEngine = {
       const DefaultFloatMode mode;
       scale(tensors.views, load(coef), zero);
     },
-    [](const Tensors& tensors, const double* coefs) { scale_each(tensors.views, coefs); },
+    [](const Tensors& tensors, const double* coefs) { scale_each(tensors, coefs); },
     [](const Tensors& tensors) { sanitize(tensors.views); },
     [](const Tensors& tensors, double max_norm, Number norm) {
       const DefaultFloatMode mode;
@@ -83,33 +83,44 @@ constexpr Engine kEngine = {
     },
 };
 
-// clipped_sums(examples, sums, max_norm, per_layer, norms), as in passes.h; the lists are units and tensors of `units`.
+// clip_each_(tensors, norm_type, bounds, divisors or None, least, measures), as in passes.h.
+python::Owned clip_each_of(const python::Arguments& arguments) {
+  const Tensors& tensors = python::to_each(arguments[0]);
+  const double norm_type = arguments.to_double(1);
+  const auto numbers = [&](intptr_t i) { return Builtins<kEngine>::numbers_of(arguments[i], tensors.count); };
+  const EachBound bound{numbers(2), arguments[3] == python::none() ? nullptr : numbers(3), arguments.to_double(4)};
+  double* const measures = numbers(5);
+  return Builtins<kEngine>::run(tensors, [&] { clip_each(tensors, norm_type, bound, measures); });
+}
+
+// clipped_sums(examples, sums, max_norm, per_layer, norms) -> 0 or 1, as in passes.h; the lists are of `units`, and of
+// the sums each is one.
 python::Owned clipped_sums_of(const python::Arguments& arguments) {
-  const Tensors& examples = python::to_tensors(arguments[0]);
-  const Tensors& sums = python::to_tensors(arguments[1]);
+  const Tensors& examples = python::to_each(arguments[0]);
+  const Tensors& sums = python::to_each(arguments[1]);
   const double max_norm = arguments.to_double(2);
   const bool per_layer = arguments.to_bool(3);
-  const size_t tensors = sums.views.size(), batch = tensors == 0 ? 0 : examples.views.size() / tensors;
-  bool match = examples.views.size() == tensors * batch;
-  for (size_t i = 0; match && i < tensors * batch; ++i) {
-    const TensorView &example = examples.views[i], &sum = sums.views[i / batch];
-    match = example.dtype == sum.dtype && example.numel == sum.numel && example.dims == nullptr && sum.dims == nullptr;
+  const size_t tensors = sums.views.size();
+  bool match = examples.views.size() == tensors && examples.units.size() == tensors && tensors > 0;
+  const int64_t batch = match ? examples.units[0].count : 0;
+  for (size_t k = 0; match && k < tensors; ++k) {
+    const TensorView &example = examples.views[k], &sum = sums.views[k];
+    match = examples.units[k].count == batch && example.dtype == sum.dtype && example.numel == sum.numel &&
+            example.dims == nullptr && sum.dims == nullptr;
   }
   if (!match)
     throw std::runtime_error("fastclip: expected sums of the shape and dtype of the examples, dense as those");
-  double* const norms =
-      Builtins<kEngine>::numbers_of(arguments[4], static_cast<int64_t>(per_layer ? tensors * batch : batch));
-  return Builtins<kEngine>::run(examples, [&] {
-    if (tensors > 0) cpu::clipped_sums(examples.views, sums.views, max_norm, per_layer, norms);
-  });
+  double* const norms = Builtins<kEngine>::numbers_of(arguments[4], per_layer ? examples.count : batch);
+  bool are_ordinary = false;
+  Builtins<kEngine>::run(examples,
+                         [&] { are_ordinary = clipped_sums(examples, sums.views, max_norm, per_layer, norms); });
+  return python::checked(PyLong_FromLong(are_ordinary));
 }
 
 python::Owned functions() {
-  static PyMethodDef method = python::method<clipped_sums_of>("clipped_sums");
-  python::Owned all = Builtins<kEngine>::all();
-  const python::Owned function = python::checked(PyCFunction_NewEx(&method, nullptr, nullptr));
-  python::check(PyDict_SetItemString(all.get(), method.name, function.get()));
-  return all;
+  static PyMethodDef methods[] = {python::method<clip_each_of>("clip_each_"),
+                                  python::method<clipped_sums_of>("clipped_sums")};
+  return python::functions(methods, Builtins<kEngine>::all());
 }
 
 }  // namespace

@@ -39,6 +39,13 @@ struct Call {
   }
 };
 
+// Calls pass(views) with a view of each tensor, or unit.
+template <class Pass>
+void with_each(const Tensors& tensors, const Pass& pass) {
+  if (tensors.units.empty()) return pass(tensors.views);
+  pass(each_unit(tensors));
+}
+
 constexpr Engine kEngine = {
     "CUDA",
     [](const Tensors& tensors, double norm_type, Number partial) {
@@ -50,8 +57,10 @@ constexpr Engine kEngine = {
       total_norm(tensors.views, norm_type, call.scratch, norm.data, norm.dtype, call.queue);
     },
     [](const Tensors& tensors, double norm_type, double* out) {
-      const Call call(tensors.device, scratch_size(tensors.views));
-      norms(tensors.views, norm_type, call.scratch, out, call.queue);
+      with_each(tensors, [&](const std::vector<TensorView>& views) {
+        const Call call(tensors.device, scratch_size(views));
+        norms(views, norm_type, call.scratch, out, call.queue);
+      });
     },
     [](const Tensors& tensors, double* table, Number partial) {
       const Call call(tensors.device, 4 * scratch_size(tensors.views));
@@ -62,8 +71,10 @@ constexpr Engine kEngine = {
       scale(tensors.views, coef, zero, call.queue);
     },
     [](const Tensors& tensors, const double* coefs) {
-      const Call call(tensors.device);
-      scale_each(tensors.views, coefs, call.queue);
+      with_each(tensors, [&](const std::vector<TensorView>& views) {
+        const Call call(tensors.device);
+        scale_each(views, coefs, call.queue);
+      });
     },
     [](const Tensors& tensors) {
       const Call call(tensors.device);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad as _torch
 
 from .. import _ops
-from ..arithmetic import as_number, clip_coef, clip_factor, root, scaled_norm, wide_dtype
+from ..arithmetic import as_number, clip_coef, clip_factor, each_coef, root, scaled_norm, wide_dtype
 from ..backends import eager
 
 # Bound at import, because patch() puts fastclip's functions in their place.
@@ -70,11 +70,38 @@ def describe(backend: str, tensors: Sequence[Tensor], reason: str) -> Group:
     return Group(backend, str(tensors[0].device), dtypes, len(tensors), reason)
 
 
-class Gradients:
+class Each:
+    """Tensors, or units of them, that are treated each by itself."""
+
+    __slots__ = ()
+
+    def norms(self, norm_type: float) -> Tensor:
+        """The wide norm of each alone, (N,)."""
+        raise NotImplementedError
+
+    def scale_each_(self, coefs: Tensor) -> None:
+        """``x *= coefs[i]`` for each, (N,), wide, on any device."""
+        raise NotImplementedError
+
+    def clip_each_(
+        self, norm_type: float, bounds: Tensor | float, divisors: Tensor | None = None, least: float = 0.0
+    ) -> Tensor:
+        """Scales each by :func:`fastclip.arithmetic.each_coef` of its norm, over its divisor; returns those, (N,)."""
+        measures = self.norms(norm_type)
+        if divisors is not None:
+            measures = measures / divisors.to(measures.device, measures.dtype, non_blocking=True)
+        if isinstance(bounds, Tensor):
+            bounds = bounds.to(measures.device)
+        self.scale_each_(each_coef(measures, bounds, least))
+        return measures
+
+
+class Gradients(Each):
     """A list that was read, and checked if it is to be written: torch's functions in terms of what an engine computes.
 
-    An engine computes ``norm_partial``, ``norms``, ``stats``, ``scale_``, ``scale_each_``, ``sanitize_`` and
-    ``clamp_``; the rest follows from them, and a list that knows a shorter way for a whole call overrides it.
+    An engine computes ``norm_partial``, ``norms`` (of :attr:`tensors`), ``stats``, ``scale_``, ``scale_each_``,
+    ``sanitize_`` and ``clamp_``; the rest follows from them, and a list that knows a shorter way for a whole call
+    overrides it.
     """
 
     __slots__ = ()
@@ -84,10 +111,6 @@ class Gradients:
 
     def norm_partial(self, norm_type: float) -> Tensor:
         """What combines with the same of other lists, 0-dim and wide: see arithmetic.py."""
-        raise NotImplementedError
-
-    def norms(self, norm_type: float) -> Tensor:
-        """The wide norm of each of :attr:`tensors` alone, (N,)."""
         raise NotImplementedError
 
     def stats(self) -> tuple[Tensor, Tensor]:
@@ -102,10 +125,6 @@ class Gradients:
 
     def sanitize_(self) -> None:
         """``x = 0`` where x is not finite."""
-        raise NotImplementedError
-
-    def scale_each_(self, coefs: Tensor) -> None:
-        """``x *= coefs[i]`` for each of :attr:`tensors`, (N,), wide, on any device."""
         raise NotImplementedError
 
     def clamp_(self, low: float, high: float) -> None:

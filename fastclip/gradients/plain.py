@@ -86,6 +86,17 @@ class Plain(Gradients):
         self._engine.scale_each_(self._views, coefs.detach().to(self._device, torch.float64).contiguous().resolve_neg())
         _increment_version(self.tensors)
 
+    def clip_each_(
+        self, norm_type: float, bounds: Tensor | float, divisors: Tensor | None = None, least: float = 0.0
+    ) -> Tensor:
+        if not hasattr(self._engine, "clip_each_"):
+            return super().clip_each_(norm_type, bounds, divisors, least)
+        measures = torch.empty(self._count, dtype=torch.float64, device=self._device)
+        bounds = bounds.to(measures).contiguous() if isinstance(bounds, Tensor) else torch.full_like(measures, bounds)
+        self._engine.clip_each_(self._views, norm_type, bounds, divisors, least, measures)
+        _increment_version(self.tensors)
+        return measures
+
     def clip_with_norm_(self, max_norm: float, total_norm: Tensor) -> None:
         self._engine.clip_with_norm_(self._views, max_norm, self._near(total_norm))
         _increment_version(self.tensors)

@@ -20,6 +20,7 @@ from ..arithmetic import nothing, wide_dtype
 from ..backends import eager
 from ..distributed import Route
 from . import parts, reading, sharded
+from .contract import Each
 from .plain import Plain
 
 if TYPE_CHECKING:
@@ -53,13 +54,12 @@ class Units(Plain):
         into = Units.read(sums, [0] * len(sums), writes=False)
         if into is None:
             return None
-        self._engine.clipped_sums(self._views, into[0], max_norm, per_layer, norms)
-        if not eager.is_ordinary(max_norm / norms.clamp(min=max_norm)):
-            return None  # a coefficient that its float32 loops cannot hold
+        if not self._engine.clipped_sums(self._views, into[0], max_norm, per_layer, norms):
+            return None  # its float32 loops cannot hold a coefficient
         return sums, norms.reshape(len(sums) if per_layer else 1, -1)
 
 
-class TorchUnits:
+class TorchUnits(Each):
     """The same in torch's ops, which know every layout, dtype and subclass."""
 
     def __init__(self, tensors: Sequence[Tensor], dims: Sequence[tuple[int, ...]]) -> None:
@@ -78,7 +78,7 @@ class TorchUnits:
             eager.multiply_(tensor, eager.factors_of(each.to(tensor.device, wide_dtype(tensor.device)).reshape(shape)))
 
 
-class ShardedUnits:
+class ShardedUnits(Each):
     """The units of a DTensor, of which this rank has those, or the parts of those, that are in its shard.
 
     A unit whose parts are on several ranks has its norm reduced over them, in one collective for each such tensor.

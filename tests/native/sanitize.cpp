@@ -519,7 +519,7 @@ void check_failing_rounds() {
         failed = true;
       }
       fake::allocations_until_failure = -1;
-      const bool unchanged = std::count(memory.begin(), memory.end(), 3.0f) == 3000;
+      const bool unchanged = std::all_of(memory.begin(), memory.end(), [](float x) { return x == 3.0f; });
       CHECK(failed == unchanged, "%s, allocation %d: %s", pass, n, failed ? "partly written" : "not written");
       memory.assign(memory.size(), 3.0f);
       if (!failed) return;
@@ -527,6 +527,20 @@ void check_failing_rounds() {
   };
   fail_each("scale", [&] { cpu::scale(views, 0.5, false); });
   fail_each("clamp", [&] { cpu::clamp(views, -1, 1); });
+
+  // Each alone: in rounds, or, of the last two, of which one is long, while in cache.
+  const double bounds[] = {1.0, 1.0, 1.0, 1.0}, coefs[] = {0.5, 0.5, 0.5, 0.5};
+  double measures[4];
+  for (const size_t first : {0, 2}) {
+    Tensors list;
+    const int64_t longer = kChunkSize + 5;
+    memory.assign(2 * longer, 3.0f);
+    for (size_t i = first; i < 4; ++i)
+      list.add(make_view(memory.data() + (first == 0 ? 500 * i : (i - 2) * longer), Dtype::kFloat32, 1,
+                         i == 3 && first == 2 ? &longer : &size, &stride));
+    fail_each("scale_each", [&] { cpu::scale_each(list, coefs); });
+    fail_each("clip_each", [&] { cpu::clip_each(list, 2.0, {bounds, nullptr, 0.0}, measures); });
+  }
 }
 
 // In memory that cannot be written to: a pass that changes nothing must not write.
