@@ -74,7 +74,7 @@ def clip_by_norm_(
     norm_type: float = 2.0,
     dim: int | tuple[int, ...] | None = None,
 ) -> Tensor | list[Tensor]:
-    """Clips each tensor by its own norm, in place: one read, and one write of those above the bound.
+    """Clips each tensor by its own norm, in place. Only those above the bound are written.
 
     Args:
         tensors: a Tensor or an iterable of Tensors; None entries are skipped.
@@ -278,8 +278,9 @@ def adaptive_clip_grad_(
 ) -> None:
     """Clips the gradient of every unit, in place, to ``clip_factor`` of the norm of its weights.
 
-    A unit whose gradient has a norm of ``clip_factor * max(weight norm, eps)`` or more is scaled to it. One read of
-    weights and gradients, one write of what is clipped. Of DTensors all ranks have to call, with the same gradients.
+    A unit whose gradient has a norm of ``clip_factor * max(weight norm, eps)`` or more is scaled to it. On the CPU
+    weights and gradients are read once, and what is clipped is written; a unit of more than 65,536 elements, or on a
+    GPU, is read again to be scaled. Of DTensors all ranks have to call, with the same gradients.
 
     Args:
         parameters: a Tensor or an iterable of Tensors whose ``.grad`` is clipped.
