@@ -335,6 +335,7 @@ class AdaGC(Policy):
         self.beta, self.eps = _to_fraction(beta, "beta"), _to_bound(eps, "eps")
         self.warmup_steps = _to_count(warmup_steps, "warmup_steps", least=0)
         self._parameters = 0
+        self._last: tuple[list[int], Tensor] | None = None  # the latest places, as numbers and as a tensor
 
     def _initial(self, device: torch.device) -> dict[str, Tensor]:
         return {"average": torch.full((self._parameters,), math.inf, dtype=wide_dtype(device), device=device)}
@@ -344,22 +345,24 @@ class AdaGC(Policy):
         if known is not None and len(known) != len(parameters):
             raise ValueError(f"parameters: expected the same {len(known)} at every step, got {len(parameters)}")
         self._parameters = len(parameters)
-        held = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        order = _order(read, [grad for parameter in parameters if (grad := parameter.grad) is not None])
         norms = read.norms(2.0)
-        places = None if order is None else indices(order, norms.device)
-        if places is not None:
-            norms = norms[places]
-        norm = torch.linalg.vector_norm(norms)
-        coefs = self._advance(norm, self._coefficients, norms, held)
-        if places is not None:
-            coefs = torch.empty_like(coefs).index_copy_(0, places, coefs)
+        places = self._places(_owners(read, parameters), norms.device)
+        # In the order of the list, which ranks have in common: to the same bits.
+        listed = norms if places is None else norms.new_zeros(len(parameters)).index_copy_(0, places, norms)
+        norm = torch.linalg.vector_norm(listed)
+        coefs = self._advance(norm, self._coefficients, norms, places)
         read.scale_each_(coefs)
         return read.finish(norm, None)
 
-    def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, held: list[int]) -> Tensor:
+    def _places(self, owners: list[int] | None, device: torch.device) -> Tensor | None:
+        if owners is None:
+            return None
+        if self._last is None or self._last[0] != owners or self._last[1].device != device:
+            self._last = owners, indices(owners, device)
+        return self._last[1]
+
+    def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, places: Tensor | None) -> Tensor:
         warm = state["steps"] < self.warmup_steps
-        places = None if len(held) == len(state["average"]) else indices(held, norm.device)
         average = state["average"] if places is None else state["average"].index_select(0, places)
         together = ((norm + self.eps).reciprocal() * self.max_norm).clamp(max=1.0)
         bound = average * self.ratio
@@ -457,6 +460,19 @@ def _put(ring: Tensor, steps: Tensor, value: Tensor) -> Tensor:
 def _padded(values: Tensor, size: int) -> Tensor:
     more = size - values.numel()
     return pad(values, (0, more), value=math.inf) if more else values
+
+
+def _owners(read: gradients.Gradients, parameters: list[Tensor]) -> list[int] | None:
+    """The number of the parameter of each tensor that was read; None where all have one, in their order."""
+    keeps_order = isinstance(read, gradients.Plain)
+    if keeps_order and len(read.tensors) == len(parameters):
+        return None
+    grads = [parameter.grad for parameter in parameters]
+    held = [i for i, grad in enumerate(grads) if grad is not None]
+    order = None if keeps_order else _order(read, [grad for grad in grads if grad is not None])
+    if order is not None:
+        return [i for _, i in sorted(zip(order, held, strict=True))]
+    return None if len(held) == len(parameters) else held
 
 
 def _plain(bound: Tensor, norm: Tensor) -> Tensor:

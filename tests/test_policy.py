@@ -158,6 +158,24 @@ def test_adagc_with_a_bound_of_zero():
     assert made.state_dict()["average"].tolist() == [0.0, math.inf]
 
 
+def test_adagc_of_a_list_that_is_read_in_another_order():
+    """Of several backends, and with a parameter that has no gradient: each average is that of its parameter."""
+    averages = []
+    for second in (torch.float64, torch.complex128):
+        made = policy.AdaGC(warmup_steps=4)
+        dtypes = [torch.float64, second, torch.float64, torch.float64]
+        weights = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes]
+        for i, norm in enumerate(NORMS):
+            for k in (0, 1, 3):
+                weights[k].grad = torch.tensor([0.6, -0.8], dtype=weights[k].dtype) * (norm + k)
+            if i % 5 == 4:
+                weights[0].grad = None
+            made.clip_(weights)
+        averages.append(made.state_dict()["average"])
+    torch.testing.assert_close(averages[1], averages[0], rtol=1e-12, atol=0)
+    assert averages[0].isinf().tolist() == [False, False, True, False]
+
+
 def test_skip_on_spike():
     made = policy.SkipOnSpike(window=6, sigma=2.0, min_history=4)
     weight, seen = torch.nn.Parameter(torch.zeros(1)), []
@@ -362,7 +380,7 @@ def test_a_step_takes_few_ops(cpu, name):
     assert len(ops.seen) <= OPS[name], ops.seen
 
 
-@pytest.mark.parametrize("name", ["AutoClip, window", "ZClip", "SkipOnSpike"])
+@pytest.mark.parametrize("name", ["AutoClip, window", "ZClip", "AdaGC", "SkipOnSpike"])
 def test_is_compiled_once(name):
     """But for the first step, which makes the state."""
     made, weights = MADE[name](), [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
