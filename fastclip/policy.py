@@ -14,6 +14,7 @@ from typing import SupportsFloat
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import distributed, gradients
 from .arithmetic import indices, wide_dtype
@@ -55,39 +56,36 @@ class Policy:
 
     def _clip_(self, read: gradients.Gradients, parameters: list[Tensor], loss: Tensor | float | None) -> Tensor:
         norm = read.total_norm(2.0)
-        read.scale_(self._advance(norm, self._coefficient, norm, loss))
+        read.scale_(self._advance(norm, self._coefficient, loss))
         return read.finish(norm, None)
 
     def _initial(self, device: torch.device) -> dict[str, Tensor]:
-        """The state before the first step, beside the counters."""
+        """The state before the first step, beside the count of steps."""
         raise NotImplementedError
 
     def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
         """The coefficient of the gradients; replaces entries of `state`, never in place."""
         raise NotImplementedError
 
-    def _advance(self, norm: Tensor, coefficient: Callable[..., Tensor], *arguments: object) -> Tensor:
-        """Lets a coefficient be computed, and keeps the state that it made if the norm is finite."""
+    def _advance(self, norm: Tensor, compute: Callable[..., Tensor], *arguments: object) -> Tensor:
+        """What is computed from the state, the norm and arguments; keeps the new state if the norm is finite."""
+        device, wide = norm.device, wide_dtype(norm.device)
         if not self._state:
-            zero = torch.zeros((), dtype=torch.int64, device=norm.device)
-            self._state = {"steps": zero, "nonfinite_steps": zero, **self._initial(norm.device)}
-        old = {name: value.to(norm.device) for name, value in self._state.items()}
-        new = dict(old)
-        coef = coefficient(new, *arguments)
-        finite = norm.isfinite()
+            zero = torch.zeros((), dtype=torch.int64, device=device)
+            self._state = {"steps": zero, "calls": zero, **self._initial(device)}
+        old = {
+            name: value.to(device, wide if value.is_floating_point() else value.dtype)
+            for name, value in self._state.items()
+        }
+        new, norm = dict(old), norm.to(wide)
+        coef = compute(new, norm, *arguments)
+        finite = norm < math.inf  # NaN is not
         self._state = {
-            name: value if value is old.get(name) else torch.where(finite, value, self._grown(old[name], value))
+            name: value if value is old[name] else torch.where(finite, value, _padded(old[name], value.numel()))
             for name, value in new.items()
         }
-        self._state["steps"] = old["steps"] + finite
-        self._state["nonfinite_steps"] = old["nonfinite_steps"] + ~finite
+        self._state["steps"], self._state["calls"] = old["steps"] + finite, old["calls"] + 1
         return coef
-
-    @staticmethod
-    def _grown(old: Tensor, new: Tensor) -> Tensor:
-        if old.shape == new.shape:
-            return old
-        return torch.cat([old, old.new_full((new.numel() - old.numel(),), math.inf)])
 
     @property
     def steps(self) -> Tensor:
@@ -95,11 +93,14 @@ class Policy:
 
     @property
     def nonfinite_steps(self) -> Tensor:
-        return self._state["nonfinite_steps"].clone() if self._state else torch.tensor(0)
+        return self._state["calls"] - self._state["steps"] if self._state else torch.tensor(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a policy remembers, as tensors: one that loads it goes on as this one would."""
-        return {name: value.clone() for name, value in self._state.items()}
+        state = {name: value.clone() for name, value in self._state.items()}
+        if state:
+            state["nonfinite_steps"] = state.pop("calls") - state["steps"]
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if not isinstance(state, Mapping):
@@ -112,6 +113,8 @@ class Policy:
             if value.dim() != known[name].dim() or (value.shape != known[name].shape and name not in self._lengthens):
                 what = f"{name!r} of shape {tuple(known[name].shape)} for these arguments"
                 raise ValueError(f"state: expected {what}, got {tuple(value.shape)}")
+        if found:
+            found["calls"] = found["steps"] + found.pop("nonfinite_steps")
         self._state = found
 
     def reset(self) -> None:
@@ -122,8 +125,8 @@ class Policy:
 class AutoClip(Policy):
     """Clips the norm of all gradients to a percentile of the norms so far.
 
-    The history is kept sorted: a norm is put into its place by a binary search on the device. It takes 8 bytes for
-    each step so far, or 16 for each of ``history`` steps.
+    The history is kept sorted: a norm is put into its place on the device, in one pass. It takes 8 bytes for each step
+    so far, or 16 for each of ``history`` steps.
 
     Args:
         percentile (float): of the norms, from 0 to 100, interpolated linearly.
@@ -178,40 +181,35 @@ class AutoClip(Policy):
         self._most = 0
 
     def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
-        before = self._percentile(state["sorted"], state["steps"])
+        values, last = state["sorted"], state["steps"]
         self._insert(state, norm)
-        bound = self._percentile(state["sorted"], state["steps"] + 1) if self.include_current else before
+        if self.include_current:
+            values = state["sorted"]
+        else:
+            last = last - 1
+        bound = self._percentile(values, last)
         return _plain(bound.clamp(max=self.max_norm), norm)
 
     def _insert(self, state: dict[str, Tensor], norm: Tensor) -> None:
         values = state["sorted"]
-        index = torch.arange(len(values) + 1, device=norm.device)
         if self.history is None:
             self._most += 1
-            if self._most > len(values):  # twice as much memory, padded with infinity
-                values = self._grown(values, torch.empty(2 * len(values)))
-                index = torch.arange(len(values) + 1, device=norm.device)
+            if self._most > len(values):
+                values = _padded(values, 2 * len(values))
         else:
             # The oldest makes room; of a ring that is not full it is infinity, the padding.
-            slot = state["steps"] % self.history
-            oldest = state["ring"][slot.reshape(1)]
-            out = torch.searchsorted(values, oldest)
-            values = torch.cat([values, values.new_full((1,), math.inf)])[
-                index[:-1] + (index[:-1] >= out).to(index.dtype)
-            ]
-            state["ring"] = torch.where(index[:-1] == slot, norm, state["ring"])
-        place = torch.searchsorted(values, norm.reshape(1))
-        shifted = values[(index[:-1] - (index[:-1] > place).to(index.dtype)).clamp(min=0)]
-        state["sorted"] = torch.where(index[:-1] == place, norm, shifted)
+            oldest = state["ring"].index_select(0, state["steps"] % self.history)
+            state["ring"] = _put(state["ring"], state["steps"], norm)
+            values = torch.where(values < oldest, values, pad(values[1:], (0, 1), value=math.inf))
+        # Where a value and the one before it have the norm between them, the norm; above it the one before.
+        before = pad(values[:-1], (1, 0), value=-math.inf)
+        state["sorted"] = torch.maximum(torch.fmin(values, norm), before)
 
-    def _percentile(self, values: Tensor, steps: Tensor) -> Tensor:
-        """Of the first `steps` values, as many as there are; infinity of none."""
-        count = steps.clamp(max=len(values))
-        at = (count - 1).clamp(min=0).to(values.dtype) * (self.percentile / 100)
-        low = at.floor().to(torch.int64)
-        pair = values[torch.stack([low, torch.minimum(low + 1, (count - 1).clamp(min=0))])]
-        found = torch.where(pair[0] == pair[1], pair[0], torch.lerp(pair[0], pair[1], at - low))
-        return torch.where(count > 0, found, math.inf)
+    def _percentile(self, values: Tensor, last: Tensor) -> Tensor:
+        """Of the values up to the one at `last`; infinity of none."""
+        at = last.clamp(0, len(values) - 1).to(values.dtype) * (self.percentile / 100)
+        low, high = values[torch.stack([at, at.ceil()]).long()].unbind()
+        return torch.fmax(torch.lerp(low, high, at.frac()), low)  # not the NaN between two infinities
 
 
 class ZClip(Policy):
@@ -271,31 +269,28 @@ class ZClip(Policy):
         return {"mean": zero, "var": zero, "warmup": zero.repeat(self.warmup_steps)}
 
     def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
-        steps, mean, var = state["steps"], state["mean"], state["var"]
-        warm = steps < self.warmup_steps
-        place = torch.arange(self.warmup_steps, device=norm.device)
-        state["warmup"] = torch.where(place == steps, norm, state["warmup"])
+        mean, var, late = state["mean"], state["var"], state["steps"] >= self.warmup_steps
+        state["warmup"] = _put(state["warmup"], state["steps"], norm)  # the latest norms, of no use once it is late
         std = var.sqrt()
-        z = (norm - mean) / (std + self.eps)
-        limit = mean + self.z_threshold * std
         if self.mode == "percentile":
-            spike, target = norm > limit, limit
+            target = torch.add(mean, std, alpha=self.z_threshold)
+            spike = late & (norm > target)
         else:
-            spike = z > self.z_threshold
-            target = mean
-            if self.target == "adaptive":
-                target = (mean + self.z_threshold * std * self.z_threshold / z) * self.clip_factor
-        spike = spike & ~warm
+            z = (norm - mean) / (std + self.eps)
+            spike, target = late & (z > self.z_threshold), mean
+            if self.target == "adaptive":  # (mean + z_threshold^2 std / z) clip_factor
+                target = torch.addcdiv(mean, std, z, value=self.z_threshold * self.z_threshold)
+                target = target if self.clip_factor == 1 else target * self.clip_factor
         value = torch.where(spike, target, norm)
-        new_mean = self.alpha * mean + (1 - self.alpha) * value
-        new_var = self.alpha * var + (1 - self.alpha) * (value - new_mean).square()
+        new_mean = torch.lerp(value, mean, self.alpha)
+        new_var = torch.lerp((value - new_mean).square(), var, self.alpha)
         if self.skip_on_spike:
             new_mean, new_var = torch.where(spike, mean, new_mean), torch.where(spike, var, new_var)
-        state["mean"] = torch.where(warm, state["warmup"].mean(), new_mean)
-        state["var"] = torch.where(warm, state["warmup"].var(correction=0), new_var)
+        first_var, first_mean = torch.var_mean(state["warmup"], correction=0)
+        state["mean"] = torch.where(late, new_mean, first_mean)
+        state["var"] = torch.where(late, new_var, first_var)
         bound = value.clamp(max=self.max_norm)
-        own = torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))
-        return torch.where(warm, _plain(norm.new_full((), self.max_norm), norm), own)
+        return (bound / (norm + 1e-6)).masked_fill(norm <= bound, 1.0)
 
 
 class AdaGC(Policy):
@@ -340,6 +335,7 @@ class AdaGC(Policy):
         self.beta, self.eps = _to_fraction(beta, "beta"), _to_bound(eps, "eps")
         self.warmup_steps = _to_count(warmup_steps, "warmup_steps", least=0)
         self._parameters = 0
+        self._last: tuple[list[int], Tensor] | None = None  # the latest places, as numbers and as a tensor
 
     def _initial(self, device: torch.device) -> dict[str, Tensor]:
         return {"average": torch.full((self._parameters,), math.inf, dtype=wide_dtype(device), device=device)}
@@ -349,33 +345,32 @@ class AdaGC(Policy):
         if known is not None and len(known) != len(parameters):
             raise ValueError(f"parameters: expected the same {len(known)} at every step, got {len(parameters)}")
         self._parameters = len(parameters)
-        held = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        order = _order(read, [grad for parameter in parameters if (grad := parameter.grad) is not None])
         norms = read.norms(2.0)
-        places = None if order is None else indices(order, norms.device)
-        if places is not None:
-            norms = norms[places]
-        norm = torch.linalg.vector_norm(norms)
-        coefs = self._advance(norm, self._coefficients, norm, norms, held)
-        if places is not None:
-            coefs = torch.empty_like(coefs).index_copy_(0, places, coefs)
+        places = self._places(_owners(read, parameters), norms.device)
+        # In the order of the list, which ranks have in common: to the same bits.
+        listed = norms if places is None else norms.new_zeros(len(parameters)).index_copy_(0, places, norms)
+        norm = torch.linalg.vector_norm(listed)
+        coefs = self._advance(norm, self._coefficients, norms, places)
         read.scale_each_(coefs)
         return read.finish(norm, None)
 
-    def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, held: list[int]) -> Tensor:
+    def _places(self, owners: list[int] | None, device: torch.device) -> Tensor | None:
+        if owners is None:
+            return None
+        if self._last is None or self._last[0] != owners or self._last[1].device != device:
+            self._last = owners, indices(owners, device)
+        return self._last[1]
+
+    def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, places: Tensor | None) -> Tensor:
         warm = state["steps"] < self.warmup_steps
-        whole = len(held) == len(state["average"])
-        place = None if whole else indices(held, norm.device)
-        average = state["average"] if place is None else state["average"][place]
-        together = (self.max_norm / (norm + self.eps)).clamp(max=1.0)
-        bound = self.ratio * average
-        above = norms > bound
-        own = torch.where(above, bound / (norms + self.eps), torch.where(norms.isnan(), norms, 1.0))
-        least = torch.where(norms > 0, torch.minimum(average, norms * together), average)
-        value = torch.where(above, bound, norms)
-        running = torch.where(average == math.inf, least, self.beta * average + (1 - self.beta) * value)
-        updated = torch.where(warm, least, running)
-        state["average"] = updated if place is None else state["average"].index_copy(0, place, updated)
+        average = state["average"] if places is None else state["average"].index_select(0, places)
+        together = ((norm + self.eps).reciprocal() * self.max_norm).clamp(max=1.0)
+        bound = average * self.ratio
+        own = (bound / (norms + self.eps)).masked_fill(norms <= bound, 1.0)
+        least = torch.fmin(average, torch.threshold(norms, 0.0, math.inf) * together)  # a norm of 0 counts for none
+        running = torch.lerp(torch.minimum(norms, bound), average, self.beta)
+        updated = torch.where(warm | (average == math.inf), least, running)
+        state["average"] = updated if places is None else state["average"].index_copy(0, places, updated)
         return torch.where(warm, together, own)
 
 
@@ -429,37 +424,60 @@ class SkipOnSpike(Policy):
         zero = torch.zeros((), dtype=torch.int64, device=device)
         return {"norms": empty, "losses": empty, "loss_steps": zero}
 
-    def _coefficient(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
-        skip = self._is_spike(state["norms"], state["steps"], norm) | ~norm.isfinite()
-        state["norms"] = self._put(state["norms"], state["steps"], norm)
+    def _clip_(self, read: gradients.Gradients, parameters: list[Tensor], loss: Tensor | float | None) -> Tensor:
+        norm = read.total_norm(2.0)
+        self.skip = self._advance(norm, self._whether, loss)
+        read.clip_with_norm_(self.max_norm, norm)
+        return read.finish(norm, None)
+
+    def _whether(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:
+        skip = self._is_spike(state["norms"], state["steps"], norm) | ~(norm < math.inf)
+        state["norms"] = _put(state["norms"], state["steps"], norm)
         if loss is not None:
             loss = _to_loss(loss, norm)
-            skip = skip | self._is_spike(state["losses"], state["loss_steps"], loss) | ~loss.isfinite()
-            known = loss.isfinite()
-            losses = self._put(state["losses"], state["loss_steps"], loss)
-            state["losses"] = torch.where(known, losses, state["losses"])
+            known = loss.abs() < math.inf
+            skip = skip | self._is_spike(state["losses"], state["loss_steps"], loss) | ~known
+            state["losses"] = torch.where(known, _put(state["losses"], state["loss_steps"], loss), state["losses"])
             state["loss_steps"] = state["loss_steps"] + known
         skip = skip.to(torch.float32)
         if loss is not None and dist.is_available() and (world := dist.group.WORLD) is not None:
             skip = distributed.all_reduce(skip, math.inf, world)
-        self.skip = skip
-        return _plain(norm.new_full((), self.max_norm), norm)
-
-    def _put(self, values: Tensor, steps: Tensor, value: Tensor) -> Tensor:
-        return torch.where(torch.arange(self.window, device=values.device) == steps % self.window, value, values)
+        return skip
 
     def _is_spike(self, values: Tensor, steps: Tensor, value: Tensor) -> Tensor:
-        """One-sided, against the window without the newest value."""
-        held = torch.arange(self.window, device=values.device) < steps
+        """One-sided, against the window without the newest value; what is not there yet is NaN."""
         count = steps.clamp(max=self.window)
-        mean = torch.where(held, values, 0.0).sum() / count
-        var = torch.where(held, values - mean, 0.0).square().sum() / (count - 1)
-        return (count >= self.min_history) & (value > mean + self.sigma * var.sqrt())
+        mean = values.nansum() / count
+        var = (values - mean).square().nansum() / (count - 1)
+        return (steps >= self.min_history) & (value > torch.add(mean, var.sqrt(), alpha=self.sigma))
+
+
+def _put(ring: Tensor, steps: Tensor, value: Tensor) -> Tensor:
+    """The latest values with one more in the place of the oldest."""
+    return ring.index_put((steps % len(ring),), value)
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    more = size - values.numel()
+    return pad(values, (0, more), value=math.inf) if more else values
+
+
+def _owners(read: gradients.Gradients, parameters: list[Tensor]) -> list[int] | None:
+    """The number of the parameter of each tensor that was read; None where all have one, in their order."""
+    keeps_order = isinstance(read, gradients.Plain)
+    if keeps_order and len(read.tensors) == len(parameters):
+        return None
+    grads = [parameter.grad for parameter in parameters]
+    held = [i for i, grad in enumerate(grads) if grad is not None]
+    order = None if keeps_order else _order(read, [grad for grad in grads if grad is not None])
+    if order is not None:
+        return [i for _, i in sorted(zip(order, held, strict=True))]
+    return None if len(held) == len(parameters) else held
 
 
 def _plain(bound: Tensor, norm: Tensor) -> Tensor:
     """The coefficient of ``clip_grad_norm_``; 1 where there is no bound."""
-    return torch.where(bound == math.inf, 1.0, (bound / (norm + 1e-6)).clamp(max=1.0))
+    return (bound / (norm + 1e-6)).clamp(max=1.0).masked_fill(bound == math.inf, 1.0)
 
 
 def _to_loss(value: Tensor | float, like: Tensor) -> Tensor:

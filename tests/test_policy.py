@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 import fastclip
 import subproc
@@ -146,6 +147,33 @@ def test_adagc_where_a_gradient_is_missing_or_zero():
     assert [w.grad.item() for w in weights] == pytest.approx([0.3, 0.4, 0.5])
     with pytest.raises(ValueError, match="parameters: expected the same 3 at every step, got 2"):
         made.clip_(weights[:2])
+
+
+def test_adagc_with_a_bound_of_zero():
+    """A norm of 0 starts no average there either; infinity times 0 would."""
+    made, weights = policy.AdaGC(max_norm=0.0, warmup_steps=2), [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for _ in range(3):
+        weights[0].grad, weights[1].grad = torch.tensor([0.3]), torch.tensor([0.0])
+        made.clip_(weights)
+    assert made.state_dict()["average"].tolist() == [0.0, math.inf]
+
+
+def test_adagc_of_a_list_that_is_read_in_another_order():
+    """Of several backends, and with a parameter that has no gradient: each average is that of its parameter."""
+    averages = []
+    for second in (torch.float64, torch.complex128):
+        made = policy.AdaGC(warmup_steps=4)
+        dtypes = [torch.float64, second, torch.float64, torch.float64]
+        weights = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in dtypes]
+        for i, norm in enumerate(NORMS):
+            for k in (0, 1, 3):
+                weights[k].grad = torch.tensor([0.6, -0.8], dtype=weights[k].dtype) * (norm + k)
+            if i % 5 == 4:
+                weights[0].grad = None
+            made.clip_(weights)
+        averages.append(made.state_dict()["average"])
+    torch.testing.assert_close(averages[1], averages[0], rtol=1e-12, atol=0)
+    assert averages[0].isinf().tolist() == [False, False, True, False]
 
 
 def test_skip_on_spike():
@@ -315,6 +343,65 @@ def test_no_step_waits_for_the_device(backend, name):
             weights[0].grad = torch.full((2,), norm)
             weights[1].grad = torch.full((3,), norm / 2) if norm < 8 else None
             made.clip_(weights, loss=torch.tensor(norm))
+
+
+class Count(ways.Dispatch):
+    """Counts ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+# With the four that read, write and finish a list which is watched.
+OPS = {
+    "AutoClip": 29,
+    "AutoClip, window": 38,
+    "AutoClip, past": 30,
+    "ZClip": 33,
+    "ZClip, skip": 32,
+    "AdaGC": 27,
+    "SkipOnSpike": 31,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_step_takes_few_ops(cpu, name):
+    """On a GPU each is a launch."""
+    made, weight = MADE[name](), torch.nn.Parameter(torch.zeros(2))
+    for _ in range(2):
+        weight.grad = torch.ones(2)
+        with Count() as ops:
+            made.clip_([weight])
+    assert len(ops.seen) <= OPS[name], ops.seen
+
+
+@pytest.mark.parametrize("name", ["AutoClip, window", "ZClip", "AdaGC", "SkipOnSpike"])
+def test_is_compiled_once(name):
+    """But for the first step, which makes the state."""
+    made, weights = MADE[name](), [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    graphs = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda: made.clip_(weights), backend=graphs, fullgraph=True)
+    for norm in NORMS[:5]:
+        weights[0].grad = torch.tensor([0.6, -0.8]) * norm
+        step()
+    assert (made.steps, graphs.frame_count) == (5, 2)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_state_of_another_width_goes_on(name):
+    """That of a device that has no float64."""
+    whole, first, second = MADE[name](), MADE[name](), MADE[name]()
+    expected = steps(whole, NORMS)
+    steps(first, NORMS[:9])
+    narrow = {key: value.float() if value.is_floating_point() else value for key, value in first.state_dict().items()}
+    second.load_state_dict(narrow)
+    assert steps(second, NORMS[9:]) == pytest.approx(expected[9:], rel=1e-5)
+    assert {value.dtype for value in second.state_dict().values()} == {torch.float64, torch.int64}
 
 
 @pytest.mark.parametrize("name", MADE)
