@@ -332,6 +332,8 @@ class AdaGC(Policy):
     ) -> None:
         super().__init__()
         self.max_norm, self.ratio = _to_bound(max_norm, "max_norm"), _to_bound(ratio, "ratio")
+        if self.ratio == 0:
+            raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
         self.beta, self.eps = _to_fraction(beta, "beta"), _to_bound(eps, "eps")
         self.warmup_steps = _to_count(warmup_steps, "warmup_steps", least=0)
         self._parameters = 0

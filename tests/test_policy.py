@@ -422,6 +422,7 @@ def test_without_gradients_nothing_happens(name):
         (lambda: policy.ZClip(mode="median"), "mode: .*'median'"),
         (lambda: policy.ZClip(warmup_steps=0), "warmup_steps: .*0"),
         (lambda: policy.AdaGC(beta=math.nan), "beta: .*nan"),
+        (lambda: policy.AdaGC(ratio=0), "ratio: expected a number above 0, got 0"),
         (lambda: policy.SkipOnSpike(window=10, min_history=11), "min_history: .*11"),
         (lambda: policy.SkipOnSpike(sigma="6"), "sigma: .*'6'"),
     ],
