@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import SupportsFloat
 
@@ -382,7 +383,7 @@ def _clip_each_(
 
 def _order(read: gradients.Gradients, tensors: Sequence[Tensor]) -> list[int] | None:
     """Where each tensor of the list stands in what was read; None where that is the same."""
-    if len(read.tensors) == len(tensors) and all(a is b for a, b in zip(read.tensors, tensors, strict=True)):
+    if isinstance(read, Plain) or (len(read.tensors) == len(tensors) and all(map(operator.is_, read.tensors, tensors))):
         return None
     places: dict[int, list[int]] = {}
     for k, tensor in enumerate(read.tensors):

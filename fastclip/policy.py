@@ -466,12 +466,11 @@ def _padded(values: Tensor, size: int) -> Tensor:
 
 def _owners(read: gradients.Gradients, parameters: list[Tensor]) -> list[int] | None:
     """The number of the parameter of each tensor that was read; None where all have one, in their order."""
-    keeps_order = isinstance(read, gradients.Plain)
-    if keeps_order and len(read.tensors) == len(parameters):
+    if isinstance(read, gradients.Plain) and len(read.tensors) == len(parameters):
         return None
     grads = [parameter.grad for parameter in parameters]
     held = [i for i, grad in enumerate(grads) if grad is not None]
-    order = None if keeps_order else _order(read, [grad for grad in grads if grad is not None])
+    order = _order(read, [grad for grad in grads if grad is not None])
     if order is not None:
         return [i for _, i in sorted(zip(order, held, strict=True))]
     return None if len(held) == len(parameters) else held

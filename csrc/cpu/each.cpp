@@ -12,7 +12,7 @@
 namespace fastclip::cpu {
 namespace {
 
-// What a unit costs beside its elements, in bytes of memory traffic.
+// What a unit after the first of a chunk costs beside its elements, in bytes of memory traffic.
 constexpr int64_t kUnitCost = 64;
 // What is read, and then written or read again, while it is in the cache that the cores share.
 constexpr int64_t kCacheBytes = int64_t{8} << 20;
@@ -96,7 +96,7 @@ class Each {
     for (int64_t begin = 0; begin < all; begin += at_once) {
       const int64_t count = std::min(at_once, all - begin);
       shorts.chunks.push_back({&first, units, begin, count, number + begin, shorts.cost});
-      shorts.cost += kChunkCost + count * (kUnitCost + shorts.chunks.back().bytes());
+      shorts.cost += kChunkCost + (count - 1) * kUnitCost + count * shorts.chunks.back().bytes();
     }
   }
 
