@@ -117,7 +117,7 @@ def test_units_of_any_layout_and_size(backend, dims):
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.0, 3.0])
 @pytest.mark.parametrize("repeat", [False, True])
 def test_what_is_clipped_in_cache_has_the_bits_of_two_passes(cpu, norm_type, repeat):
-    """Short tensors, long ones of several blocks, holes; what is listed twice has the norm that it had before."""
+    """Short tensors, long ones, holes; what is listed twice has the norm that it had before."""
     generator = torch.Generator().manual_seed(6)
     sizes = ((7,), (65_536,), (3_000_001,), (65_537,), (1_500_000,), (0,), (300, 401), ())
     made = [torch.randn(s, generator=generator, dtype=d) for s in sizes for d in (torch.float32, torch.bfloat16)]

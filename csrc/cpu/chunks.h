@@ -192,18 +192,15 @@ double norm_of(const Runs& runs, Dtype dtype, double norm_type) {
 }
 
 // The partial of every chunk, in order; with `are_norms`, which is for kPow, the norm of every chunk.
-inline AOTITorchError find_partials(const ChunkTable& table, double norm_type, bool are_norms, Partial* partials) {
-  return for_each_chunk(table, Walk::kForward, [&](int64_t i) {
+inline std::vector<Partial> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
+  std::vector<Partial> partials(table.chunks.size());
+  const AOTITorchError error = for_each_chunk(table, Walk::kForward, [&](int64_t i) {
     const Dtype dtype = table.chunks[i].tensor->dtype;
     const auto runs = [&](const auto& run) { for_each_run(table.chunks[i], run); };
     partials[i] = are_norms ? Partial{power_norm_of(runs, dtype, norm_type)}
                             : partial_of(runs, dtype, norm_kind(norm_type), norm_type, 1.0);
   });
-}
-
-inline std::vector<Partial> partials_of(const ChunkTable& table, double norm_type, bool are_norms) {
-  std::vector<Partial> partials(table.chunks.size());
-  check_torch(find_partials(table, norm_type, are_norms, partials.data()), "torch_parallel_for");
+  check_torch(error, "torch_parallel_for");
   return partials;
 }
 
@@ -224,13 +221,6 @@ void for_each_tensor(const ChunkTable& table, const Body& body) {
     for (end = begin + 1; end < chunks.size() && chunks[end].place == chunks[begin].place;) ++end;
     body(chunks[begin].tensor, begin, end);
   }
-}
-
-// The partial of a tensor from those of its chunks.
-inline Partial combine_chunks(NormKind kind, const Partial* begin, const Partial* end) {
-  Partial sum{identity(kind)};
-  for (; begin != end; ++begin) sum = combine_exactly(kind == NormKind::kCount ? NormKind::kMax : kind, sum, *begin);
-  return sum;
 }
 
 // Whether x *= coef leaves every x as it is.

@@ -14,8 +14,6 @@ namespace {
 
 // What a unit after the first of a chunk costs beside its elements, in bytes of memory traffic.
 constexpr int64_t kUnitCost = 64;
-// What is read, and then written or read again, while it is in the cache that the cores share.
-constexpr int64_t kCacheBytes = int64_t{8} << 20;
 
 // Units of a tensor, or a tensor, that are a chunk or less each, and about a chunk together.
 struct ShortChunk {
@@ -138,9 +136,33 @@ void scale_longs(const ChunkTable& table, const CoefOf& coef_of) {
     const Chunk& chunk = table.chunks[i];
     const Dtype dtype = chunk.tensor->dtype;
     const double coef = coef_of(chunk.place);
-    if (is_one(coef, dtype)) return;
     for_each_run(chunk, [&](char* data, int64_t count) { return scale_run(dtype, data, count, coef); });
   }));
+}
+
+// norms[i] = the norm of each long one, by its number.
+void find_long_norms(const Each& each, double norm_type, double* norms) {
+  const NormKind kind = norm_kind(norm_type);
+  const ChunkTable table(each.longs);
+  const std::vector<Partial> partials = partials_of(table, norm_type, false);
+  TensorViews lost;  // those of kPow whose powers may have left float64
+  std::vector<int64_t> lost_numbers;
+  for_each_tensor(table, [&](const TensorView* tensor, size_t begin, size_t end) {
+    Partial sum{identity(kind)};
+    for (size_t i = begin; i < end; ++i)
+      sum = combine_exactly(kind == NormKind::kCount ? NormKind::kMax : kind, sum, partials[i]);
+    const int64_t number = each.numbers[table.chunks[begin].place];
+    norms[number] = root(kind, sum.rounded(), norm_type);
+    if (kind != NormKind::kPow || is_well_in_float64(sum.rounded())) return;
+    lost.push_back(tensor);
+    lost_numbers.push_back(number);
+  });
+  if (lost.empty()) return;
+  const ChunkTable again(lost);
+  const std::vector<Partial> parts = partials_of(again, norm_type, true);
+  for_each_tensor(again, [&](const TensorView*, size_t begin, size_t end) {
+    norms[lost_numbers[again.chunks[begin].place]] = combine_norms(parts.data() + begin, parts.data() + end, norm_type);
+  });
 }
 
 void round_all(Dtype dtype, const float* from, void* to, int64_t count) {
@@ -157,7 +179,6 @@ void round_all(Dtype dtype, const float* from, void* to, int64_t count) {
 
 void norms(const Tensors& tensors, double norm_type, double* norms) {
   const DefaultFloatMode mode;
-  const NormKind kind = norm_kind(norm_type);
   std::fill(norms, norms + tensors.count, 0.0);
   const Each each(tensors);
   const AOTITorchError error = for_each_chunk(each.shorts, Walk::kForward, [&](int64_t i) {
@@ -166,24 +187,7 @@ void norms(const Tensors& tensors, double norm_type, double* norms) {
         chunk, [&](const auto& runs, int64_t number) { norms[number] = norm_of(runs, chunk.first->dtype, norm_type); });
   });
   check_torch(error, "torch_parallel_for");
-  const ChunkTable table(each.longs);
-  const std::vector<Partial> partials = partials_of(table, norm_type, false);
-  TensorViews lost;  // those of kPow whose powers may have left float64
-  std::vector<int64_t> lost_numbers;
-  for_each_tensor(table, [&](const TensorView* tensor, size_t begin, size_t end) {
-    const double sum = combine_chunks(kind, partials.data() + begin, partials.data() + end).rounded();
-    const int64_t number = each.numbers[table.chunks[begin].place];
-    norms[number] = root(kind, sum, norm_type);
-    if (kind != NormKind::kPow || is_well_in_float64(sum)) return;
-    lost.push_back(tensor);
-    lost_numbers.push_back(number);
-  });
-  if (lost.empty()) return;
-  const ChunkTable again(lost);
-  const std::vector<Partial> parts = partials_of(again, norm_type, true);
-  for_each_tensor(again, [&](const TensorView*, size_t begin, size_t end) {
-    norms[lost_numbers[again.chunks[begin].place]] = combine_norms(parts.data() + begin, parts.data() + end, norm_type);
-  });
+  find_long_norms(each, norm_type, norms);
 }
 
 void scale_each(const Tensors& tensors, const double* coefs) {
@@ -207,58 +211,38 @@ void scale_each(const Tensors& tensors, const double* coefs) {
 
 void clip_each(const Tensors& tensors, double norm_type, const EachBound& bound, double* measures) {
   const DefaultFloatMode mode;
-  const NormKind kind = norm_kind(norm_type);
-  const std::vector<std::vector<size_t>> rounds = write_rounds(tensors);
-  if (rounds.size() > 1 || kind == NormKind::kPow) {  // norms are those before any write; powers may need two looks
+  const auto coef_of = [&](double norm, int64_t i) {
+    measures[i] = bound.measure(norm, i);
+    return bound.coef(measures[i], i);
+  };
+  if (write_rounds(tensors).size() > 1) {  // every norm is that before any write
     norms(tensors, norm_type, measures);
     std::vector<double> coefs(static_cast<size_t>(tensors.count));
-    for (int64_t i = 0; i < tensors.count; ++i) {
-      measures[i] = bound.measure(measures[i], i);
-      coefs[static_cast<size_t>(i)] = bound.coef(measures[i], i);
-    }
+    for (int64_t i = 0; i < tensors.count; ++i) coefs[static_cast<size_t>(i)] = coef_of(measures[i], i);
     return scale_each(tensors, coefs.data());
   }
   std::fill(measures, measures + tensors.count, 0.0);
   const Each each(tensors);
-  // Long ones, as many at a time as stay in the cache. All memory is there before the first write.
-  std::vector<ChunkTable> blocks;
-  std::vector<size_t> ends;
-  size_t most_chunks = 0;
-  for (size_t i = 0; i < each.longs.size();) {
-    TensorViews block;
-    for (int64_t bytes = 0; i < each.longs.size(); ++i) {
-      bytes += each.longs[i]->numel * element_size(each.longs[i]->dtype);
-      if (!block.empty() && bytes > kCacheBytes) break;
-      block.push_back(each.longs[i]);
-    }
-    blocks.emplace_back(block);
-    ends.push_back(i);
-    most_chunks = std::max(most_chunks, blocks.back().chunks.size());
+  find_long_norms(each, norm_type, measures);
+  TensorViews changed;
+  std::vector<double> coefs;
+  for (size_t place = 0; place < each.longs.size(); ++place) {
+    const double coef = coef_of(measures[each.numbers[place]], each.numbers[place]);
+    if (is_one(coef, each.longs[place]->dtype)) continue;
+    changed.push_back(each.longs[place]);
+    coefs.push_back(coef);
   }
-  std::vector<Partial> partials(most_chunks);
-  std::vector<double> coefs(each.longs.size());
-  const auto coef_of = [&](double norm, int64_t number) {
-    measures[number] = bound.measure(norm, number);
-    return bound.coef(measures[number], number);
-  };
+  const ChunkTable longs(changed);  // all memory is there before the first write
+  scale_longs(longs, [&](size_t place) { return coefs[place]; });
   scale_shorts(each, [&](const auto& runs, Dtype dtype, int64_t number) {
     return coef_of(norm_of(runs, dtype, norm_type), number);
   });
-  for (size_t b = 0, first = 0; b < blocks.size(); first = ends[b++]) {
-    check_written(find_partials(blocks[b], norm_type, false, partials.data()));
-    for_each_tensor(blocks[b], [&](const TensorView*, size_t begin, size_t end) {
-      const size_t i = first + blocks[b].chunks[begin].place;
-      const Partial all = combine_chunks(kind, partials.data() + begin, partials.data() + end);
-      coefs[i] = coef_of(root(kind, all.rounded(), norm_type), each.numbers[i]);
-    });
-    scale_longs(blocks[b], [&](size_t place) { return coefs[first + place]; });
-  }
 }
 
 bool clipped_sums(const Tensors& list, const std::vector<TensorView>& sums, double max_norm, bool per_layer,
                   double* norms) {
   // Examples at a time, a multiple of the rows that the loop adds at once: they are added up while in cache.
-  constexpr size_t kRows = 4;
+  constexpr size_t kCacheBytes = size_t{4} << 20, kRows = 4;
   const DefaultFloatMode mode;
   const std::vector<TensorView> examples = each_unit(list);
   bool are_ordinary = true;
@@ -273,7 +257,7 @@ bool clipped_sums(const Tensors& list, const std::vector<TensorView>& sums, doub
     if (element_size(sum.dtype) == 2) num_halves += static_cast<size_t>(sum.numel);
   }
   std::vector<float> halves(num_halves);
-  const size_t at_once = std::max(static_cast<size_t>(kCacheBytes) / example_bytes / kRows, size_t{1}) * kRows;
+  const size_t at_once = std::max(kCacheBytes / example_bytes / kRows, size_t{1}) * kRows;
   const ChunkTable columns(nonempty(sums), 4096, static_cast<int64_t>(at_once));
   std::vector<Partial> squares(examples.size());
   std::vector<double> coefs(examples.size());

@@ -39,8 +39,8 @@ struct EachBound {
   double coef(double measure, int64_t i) const { return each_coef(measure, bounds[i], least); }
 };
 
-// Scales each tensor, or unit, by its coefficient, while what the norm read of it is in cache; measures[i] is that
-// before.
+// Scales each tensor, or unit, by its coefficient, one of a chunk or less right after its norm was read; measures[i] is
+// that before.
 void clip_each(const Tensors& tensors, double norm_type, const EachBound& bound, double* measures);
 
 // x = 0 where x is not finite; writes only blocks that change.
