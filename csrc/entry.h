@@ -218,10 +218,10 @@ struct Builtins {
     dlpack::Tensor dl;
     python::check(dlpack::exchange->from_object(row, &dl));
     Dtype dtype{};
-    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) ||
+    if (dl.ndim != 1 || dl.shape[0] != size || (size > 1 && dl.strides[0] != 1) || (size > 0 && dl.data() == nullptr) ||
         !dlpack::to_dtype(dl.dtype, &dtype) || dtype != Dtype::kFloat64)
       throw std::runtime_error("fastclip: expected a contiguous float64 tensor of " + std::to_string(size) +
-                               " elements");
+                               " elements that has memory");
     return static_cast<double*>(dl.data());
   }
 

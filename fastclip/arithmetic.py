@@ -85,6 +85,7 @@ def each_coef(measures: Tensor, bounds: Tensor | float, least: float = 0.0) -> T
     """
     if not isinstance(bounds, Tensor):  # torch divides a Python number by way of the reciprocal, which rounds twice
         bounds = measures.new_full((), bounds)
+    bounds = bounds.to(measures.device)
     if least > 0:
         return torch.where(measures < bounds, 1.0, bounds / measures.clamp(min=least))
     return torch.where(measures <= bounds, 1.0, bounds / measures)

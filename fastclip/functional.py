@@ -1,8 +1,8 @@
 """The clips of TensorFlow, Keras, optax, Opacus and timm, in place on tensors.
 
-They add no epsilon. What is within its bound keeps its bits, and nothing of it is written; what is above becomes
-``t * (bound / norm)``. The arithmetic says what a norm that is not finite does to its own unit: NaN makes the unit NaN,
-infinity its finite entries 0 and its infinite ones NaN. Bounds that mean nothing are refused before any write.
+They add no epsilon. What is within its bound keeps its bits, and the compiled kernels do not write it; what is above
+becomes ``t * (bound / norm)``. The arithmetic says what a norm that is not finite does to its own unit: NaN makes the
+unit NaN, infinity its finite entries 0 and its infinite ones NaN. Bounds that mean nothing are refused before a write.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def clip_by_norm_(
     norm_type: float = 2.0,
     dim: int | tuple[int, ...] | None = None,
 ) -> Tensor | list[Tensor]:
-    """Clips each tensor by its own norm, in place. Only those above the bound are written.
+    """Clips each tensor by its own norm, in place.
 
     Args:
         tensors: a Tensor or an iterable of Tensors; None entries are skipped.
@@ -108,7 +108,7 @@ def clip_by_norm_(
     _check_units(tensors, "tensors[{}]")
     dims = [_to_dims(dim, tensor) for tensor in tensors]
     read = units.of(tensors, dims, writes=True) if tensors else []
-    norms = [each.clip_each_(norm_type, max_norm) for each in read]
+    norms = units.clip_each_(read, norm_type, [max_norm] * len(read), 0.0)
     return [
         norm.to(tensor.real.dtype if tensor.is_complex() else tensor.dtype)
         for tensor, norm in zip(tensors, units.shaped(tensors, dims, read, norms), strict=True)
@@ -279,8 +279,8 @@ def adaptive_clip_grad_(
 ) -> None:
     """Clips the gradient of every unit, in place, to ``clip_factor`` of the norm of its weights.
 
-    A unit whose gradient has a norm of ``clip_factor * max(weight norm, eps)`` or more is scaled to it. On the CPU
-    weights and gradients are read once, and what is clipped is written; a unit of more than 65,536 elements, or on a
+    A unit whose gradient has a norm of ``clip_factor * max(weight norm, eps)`` or more is scaled to it. The CPU's
+    kernels read weights and gradients once, and write what is clipped; a unit of more than 65,536 elements, or on a
     GPU, is read again to be scaled. Of DTensors all ranks have to call, with the same gradients.
 
     Args:
@@ -324,8 +324,7 @@ def adaptive_clip_grad_(
         written = [each for one in zip(grads, dims, strict=True) for each in units.of([one[0]], [one[1]], True)]
         weights = [each for one in zip(chosen, dims, strict=True) for each in units.of([one[0]], [one[1]], False)]
     bounds = [each.norms(norm_type).clamp(min=eps) * clip_factor for each in weights]
-    for each, bound in zip(written, bounds, strict=True):
-        each.clip_each_(norm_type, bound, least=1e-6)
+    units.clip_each_(written, norm_type, bounds, 1e-6)
 
 
 def get_tensor_norms(

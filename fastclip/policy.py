@@ -113,6 +113,8 @@ class Policy:
             if value.dim() != known[name].dim() or (value.shape != known[name].shape and name not in self._lengthens):
                 what = f"{name!r} of shape {tuple(known[name].shape)} for these arguments"
                 raise ValueError(f"state: expected {what}, got {tuple(value.shape)}")
+            if not known[name].is_floating_point():  # counts, where everything was cast
+                found[name] = value.to(known[name].dtype)
         if found:
             found["calls"] = found["steps"] + found.pop("nonfinite_steps")
         self._state = found
@@ -279,7 +281,7 @@ class ZClip(Policy):
             z = (norm - mean) / (std + self.eps)
             spike, target = late & (z > self.z_threshold), mean
             if self.target == "adaptive":  # (mean + z_threshold^2 std / z) clip_factor
-                target = torch.addcdiv(mean, std, z, value=self.z_threshold * self.z_threshold)
+                target = torch.addcdiv(mean, std * self.z_threshold, z, value=self.z_threshold)
                 target = target if self.clip_factor == 1 else target * self.clip_factor
         value = torch.where(spike, target, norm)
         new_mean = torch.lerp(value, mean, self.alpha)
@@ -290,7 +292,10 @@ class ZClip(Policy):
         state["mean"] = torch.where(late, new_mean, first_mean)
         state["var"] = torch.where(late, new_var, first_var)
         bound = value.clamp(max=self.max_norm)
-        return (bound / (norm + 1e-6)).masked_fill(norm <= bound, 1.0)
+        stays = norm <= bound
+        if self.max_norm == math.inf:
+            stays = stays | ~late  # there is no bound yet, also of a norm that is NaN
+        return (bound / (norm + 1e-6)).masked_fill(stays, 1.0)
 
 
 class AdaGC(Policy):
@@ -332,8 +337,8 @@ class AdaGC(Policy):
     ) -> None:
         super().__init__()
         self.max_norm, self.ratio = _to_bound(max_norm, "max_norm"), _to_bound(ratio, "ratio")
-        if self.ratio == 0:
-            raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio: expected a finite number above 0, got {ratio!r}")
         self.beta, self.eps = _to_fraction(beta, "beta"), _to_bound(eps, "eps")
         self.warmup_steps = _to_count(warmup_steps, "warmup_steps", least=0)
         self._parameters = 0
@@ -356,12 +361,19 @@ class AdaGC(Policy):
         read.scale_each_(coefs)
         return read.finish(norm, None)
 
+    def reset(self) -> None:
+        super().reset()
+        self._last = None
+
     def _places(self, owners: list[int] | None, device: torch.device) -> Tensor | None:
         if owners is None:
             return None
-        if self._last is None or self._last[0] != owners or self._last[1].device != device:
-            self._last = owners, indices(owners, device)
-        return self._last[1]
+        if self._last is not None and self._last[0] == owners and self._last[1].device == device:
+            return self._last[1]
+        places = indices(owners, device)
+        if type(places) is Tensor:  # nothing of a trace is kept
+            self._last = owners, places
+        return places
 
     def _coefficients(self, state: dict[str, Tensor], norm: Tensor, norms: Tensor, places: Tensor | None) -> Tensor:
         warm = state["steps"] < self.warmup_steps
@@ -429,7 +441,8 @@ class SkipOnSpike(Policy):
     def _clip_(self, read: gradients.Gradients, parameters: list[Tensor], loss: Tensor | float | None) -> Tensor:
         norm = read.total_norm(2.0)
         self.skip = self._advance(norm, self._whether, loss)
-        read.clip_with_norm_(self.max_norm, norm)
+        if self.max_norm < math.inf:
+            read.clip_with_norm_(self.max_norm, norm)
         return read.finish(norm, None)
 
     def _whether(self, state: dict[str, Tensor], norm: Tensor, loss: Tensor | float | None) -> Tensor:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastclip
 import on_cpu
@@ -127,6 +128,14 @@ def test_the_op_refuses_other_coefficients(cpu, coefs):
     with pytest.raises(RuntimeError, match="coefs: expected a contiguous float64 tensor of 2 elements"):
         torch.ops.fastclip.scale_each_(tensors, coefs)
     assert torch.equal(tensors[0], torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_coefficients_without_memory_are_refused(cpu):
+    with FakeTensorMode():
+        coefs = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="2 elements that has memory"):
+        gradients.of([torch.ones(2), torch.ones(3)], gradients=False).scale_each_(coefs)
 
 
 def adversarial() -> dict[str, torch.Tensor]:

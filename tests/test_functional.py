@@ -114,6 +114,35 @@ def test_units_of_any_layout_and_size(backend, dims):
         check_clipped(got, was, expected, 2.0)
 
 
+def test_every_norm_is_that_before_any_write(backend):
+    """Also where a unit that is no run of memory has each tensor read alone."""
+    for odd in ([], [torch.ones(4, 4).t()], [torch.ones(2, 4, dtype=torch.complex64)]):
+        if backend == "cpu" and odd and odd[0].is_complex():
+            continue
+        base = torch.tensor([[3.0, 4.0, 0.0, 12.0]])
+        norms = F.clip_by_norm_([base[:, :2], base, *odd], 1.0, dim=1)
+        assert [n.item() for n in norms[:2]] == [5.0, 13.0]
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        weight.grad = torch.full((2, 2), 5.0)
+        fastclip.adaptive_clip_grad_([weight, weight, *parameters(odd)], 0.1)
+        torch.testing.assert_close(weight.grad, torch.full((2, 2), 0.002))
+
+
+def test_a_norm_that_cannot_be_had_leaves_all_as_they_are(fence):
+    tensors = [torch.tensor([[3.0, 4.0]]), torch.ones(2, 2).to(torch.float8_e4m3fn)]
+    before = fence(tensors[:1])
+    with pytest.raises(RuntimeError):
+        F.clip_by_norm_(tensors, 1.0, dim=1)
+    assert before.unchanged()
+
+
+def test_all_dimensions_that_torch_has():
+    tensor = torch.full((1,) * 63 + (2,), 3.0)
+    (norms,) = F.clip_by_norm_([tensor], 1.0, dim=0)
+    assert norms.flatten().tolist() == [3.0, 3.0]
+    assert tensor.flatten().tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 0.0, 3.0])
 @pytest.mark.parametrize("repeat", [False, True])
 def test_what_is_clipped_in_cache_has_the_bits_of_two_passes(cpu, norm_type, repeat):

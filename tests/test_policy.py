@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastclip
 import subproc
@@ -289,6 +290,55 @@ def test_a_state_of_something_else_is_refused():
         policy.ZClip().load_state_dict(None)
 
 
+@pytest.mark.parametrize("name", MADE)
+def test_a_state_whose_counts_were_cast_goes_on(name):
+    whole, first, second = MADE[name](), MADE[name](), MADE[name]()
+    expected = steps(whole, NORMS)
+    steps(first, NORMS[:5])
+    second.load_state_dict({key: value.double() for key, value in first.state_dict().items()})
+    assert steps(second, NORMS[5:]) == expected[5:]
+
+
+class Own(torch.Tensor):
+    """A subclass, which torch's functions take."""
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_without_a_bound_no_norm_reaches_the_gradients(broken):
+    for own in (False, True):
+        for made in (policy.SkipOnSpike(), policy.ZClip(max_norm=None, warmup_steps=3)):
+            weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+            weights[0].grad, grad = torch.tensor([1.0, 2.0]), torch.tensor([broken, 3.0])
+            weights[1].data = weights[1].data.as_subclass(Own) if own else weights[1].data
+            weights[1].grad = grad.as_subclass(Own) if own else grad
+            made.clip_(weights)
+            assert weights[0].grad.tolist() == [1.0, 2.0]
+            assert weights[1].grad[1] == 3.0
+
+
+def test_a_trace_leaves_nothing_in_a_policy():
+    made = policy.AdaGC(warmup_steps=1)
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        traced = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        traced[0].grad = torch.ones(2)
+        made.clip_(traced)
+    made.reset()
+    weights[0].grad = torch.tensor([3.0, 4.0])
+    assert made.clip_(weights) == 5.0
+
+
+def test_a_threshold_beyond_measure_makes_no_nan():
+    made, weight = (
+        policy.ZClip(warmup_steps=2, max_norm=None, z_threshold=1e200, eps=0.0),
+        torch.nn.Parameter(torch.zeros(1)),
+    )
+    for norm in (1.0, 1.0, 2.0):
+        weight.grad = torch.tensor([norm])
+        made.clip_([weight])
+    assert weight.grad.isfinite()
+
+
 def test_a_count_that_was_read_is_no_part_of_the_state():
     made = policy.ZClip()
     steps(made, NORMS[:2])
@@ -362,7 +412,7 @@ OPS = {
     "AutoClip": 29,
     "AutoClip, window": 38,
     "AutoClip, past": 30,
-    "ZClip": 33,
+    "ZClip": 34,
     "ZClip, skip": 32,
     "AdaGC": 27,
     "SkipOnSpike": 31,
@@ -422,7 +472,8 @@ def test_without_gradients_nothing_happens(name):
         (lambda: policy.ZClip(mode="median"), "mode: .*'median'"),
         (lambda: policy.ZClip(warmup_steps=0), "warmup_steps: .*0"),
         (lambda: policy.AdaGC(beta=math.nan), "beta: .*nan"),
-        (lambda: policy.AdaGC(ratio=0), "ratio: expected a number above 0, got 0"),
+        (lambda: policy.AdaGC(ratio=math.inf), "ratio: expected a finite number above 0, got inf"),
+        (lambda: policy.AdaGC(ratio=0), "ratio: expected a finite number above 0, got 0"),
         (lambda: policy.SkipOnSpike(window=10, min_history=11), "min_history: .*11"),
         (lambda: policy.SkipOnSpike(sigma="6"), "sigma: .*'6'"),
     ],

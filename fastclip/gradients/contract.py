@@ -90,8 +90,6 @@ class Each:
         measures = self.norms(norm_type)
         if divisors is not None:
             measures = measures / divisors.to(measures.device, measures.dtype, non_blocking=True)
-        if isinstance(bounds, Tensor):
-            bounds = bounds.to(measures.device)
         self.scale_each_(each_coef(measures, bounds, least))
         return measures
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _ops, distributed
-from ..arithmetic import nothing, wide_dtype
+from ..arithmetic import each_coef, nothing, wide_dtype
 from ..backends import eager
 from ..distributed import Route
 from . import parts, reading, sharded
@@ -161,6 +161,18 @@ def of(
     ]
 
 
+def clip_each_(
+    read: Sequence[Units | TorchUnits | ShardedUnits], norm_type: float, bounds: Sequence[Tensor | float], least: float
+) -> list[Tensor]:
+    """Clips all that was read, each with its bounds; every norm, which is returned, is that before any write."""
+    if len(read) == 1:
+        return [read[0].clip_each_(norm_type, bounds[0], least=least)]
+    norms = [each.norms(norm_type) for each in read]
+    for each, norm, bound in zip(read, norms, bounds, strict=True):
+        each.scale_each_(each_coef(norm, bound, least))
+    return norms
+
+
 def _of_plain(tensor: Tensor, dims: tuple[int, ...], writes: bool) -> Units | TorchUnits:
     return _compiled([tensor], [dims], writes) or TorchUnits([tensor], [dims])
 
@@ -169,6 +181,8 @@ def _compiled(tensors: list[Tensor], dims: list[tuple[int, ...]], writes: bool) 
     if reading.is_watched():
         return None
     kept = [_all_but(tensor.dim(), reduced) for tensor, reduced in zip(tensors, dims, strict=True)]
+    if max(kept) >> 63:
+        return None  # a 64th dimension has no bit
     found = Units.read(tensors, kept, writes)
     if found is None:
         return None
