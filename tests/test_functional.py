@@ -442,6 +442,7 @@ def test_coefficients_below_float32(backend, dtype):
     torch.testing.assert_close(columns.t().double(), grads.double() * coefs, rtol=1e-2, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 def test_sparse_tensors_have_no_units(fence):
     indices = torch.tensor([[0, 2]])
     grads = [torch.full((3, 2), 9.0), torch.sparse_coo_tensor(indices, torch.ones(2, 2), (3, 2), check_invariants=True)]
