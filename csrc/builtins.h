@@ -146,7 +146,7 @@ inline void check_addresses(const Read& read) {
     PyObject* const tensor = PyList_GetItem(read.list.get(), static_cast<intptr_t>(i));
     dlpack::Tensor dl;
     if (tensor == nullptr || dlpack::exchange->from_object(tensor, &dl) != 0) throw Raised();
-    const int64_t count = tensors.units.empty() ? 1 : tensors.units[i].count;
+    const int64_t count = tensors.count_of(i);
     if (count == 0) continue;  // nothing of it is read or written
     int64_t numel = 1;
     for (int32_t d = 0; d < dl.ndim; ++d) numel *= dl.shape[d];

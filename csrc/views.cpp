@@ -146,9 +146,8 @@ std::vector<std::vector<size_t>> write_rounds(const Tensors& tensors) {
   std::vector<Span> spans;
   std::vector<size_t> places, round;
   for (size_t k = 0; k < tensors.views.size(); ++k) {
-    const Units* const units = tensors.units.empty() ? nullptr : &tensors.units[k];
-    if (tensors.views[k].numel == 0 || (units != nullptr && units->count == 0)) continue;
-    spans.push_back(span_of(tensors.views[k], units));
+    if (tensors.views[k].numel == 0 || tensors.count_of(k) == 0) continue;
+    spans.push_back(span_of(tensors.views[k], tensors.units_of(k)));
     places.push_back(k);
   }
   std::vector<std::vector<size_t>> out(number_rounds(spans, &round) + 1);
@@ -158,7 +157,7 @@ std::vector<std::vector<size_t>> write_rounds(const Tensors& tensors) {
 }
 
 TensorView unit_view(const TensorView& first, const Units& units, int64_t i) {
-  return {first.data + units.offset(i) * element_size(first.dtype), first.numel, nullptr, first.dtype};
+  return {unit_data(first, units, i), first.numel, nullptr, first.dtype};
 }
 
 std::vector<TensorView> each_unit(const Tensors& tensors) {

@@ -46,6 +46,10 @@ struct Tensors {
   int64_t count = 0;  // of tensors, or of all units
   int64_t bytes = 0;  // of all elements
 
+  // Those of the tensor of view k; null where it is a whole one.
+  const Units* units_of(size_t k) const { return units.empty() ? nullptr : &units[k]; }
+  int64_t count_of(size_t k) const { return units.empty() ? 1 : units[k].count; }
+
   void add(TensorView view) {
     ++count;
     bytes += view.numel * element_size(view.dtype);
@@ -84,7 +88,10 @@ std::vector<TensorViews> write_rounds(const TensorViews& tensors);
 // The same for a list whose units are written: the places of its tensors, of those that have elements.
 std::vector<std::vector<size_t>> write_rounds(const Tensors& tensors);
 
-// A view of unit i, and of each.
+// Where unit i begins; a view of it, and of each.
+inline char* unit_data(const TensorView& first, const Units& units, int64_t i) {
+  return first.data + units.offset(i) * element_size(first.dtype);
+}
 TensorView unit_view(const TensorView& first, const Units& units, int64_t i);
 std::vector<TensorView> each_unit(const Tensors& tensors);
 

@@ -190,7 +190,8 @@ class AutoClip(Policy):
         else:
             last = last - 1
         bound = self._percentile(values, last)
-        return _plain(bound.clamp(max=self.max_norm), norm)
+        bound = bound.clamp(max=self.max_norm)
+        return (bound / (norm + 1e-6)).clamp(max=1.0).masked_fill(bound == math.inf, 1.0)
 
     def _insert(self, state: dict[str, Tensor], norm: Tensor) -> None:
         values = state["sorted"]
@@ -487,11 +488,6 @@ def _owners(read: gradients.Gradients, parameters: list[Tensor]) -> list[int] | 
     if order is not None:
         return [i for _, i in sorted(zip(order, held, strict=True))]
     return None if len(held) == len(parameters) else held
-
-
-def _plain(bound: Tensor, norm: Tensor) -> Tensor:
-    """The coefficient of ``clip_grad_norm_``; 1 where there is no bound."""
-    return (bound / (norm + 1e-6)).clamp(max=1.0).masked_fill(bound == math.inf, 1.0)
 
 
 def _to_loss(value: Tensor | float, like: Tensor) -> Tensor:

@@ -362,6 +362,10 @@ def in_turn(values: Sequence, case: Case, dtype: torch.dtype, count: int = 1) ->
     return [values[(first + i) % len(values)] for i in range(count)]
 
 
+class Own(torch.Tensor):
+    """A subclass, which torch's functions take."""
+
+
 def parameters(grads) -> list[torch.nn.Parameter]:
     """Return parameters whose `.grad` are exactly these tensors."""
     made: list[torch.nn.Parameter] = []

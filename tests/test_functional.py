@@ -10,7 +10,7 @@ import torch
 
 import fastclip
 import reference
-from cases import parameters
+from cases import Own, parameters
 from fastclip import functional as F
 from fastclip import gradients
 from fastclip.gradients import contract, units
@@ -365,10 +365,6 @@ def test_a_tensor_listed_twice_is_clipped_twice(backend):
     tensor = torch.tensor([3.0, 4.0])
     F.clip_by_norm_([tensor, tensor], 1.0)
     torch.testing.assert_close(tensor, torch.tensor([3.0, 4.0]) / 25)
-
-
-class Own(torch.Tensor):
-    """A subclass, which torch's functions take."""
 
 
 def test_tensor_subclasses():

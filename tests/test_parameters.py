@@ -10,11 +10,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.utils as torchs
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastclip
 import reference
+import ways
 from cases import parameters
 from test_parity import outcome, same, same_tensor
 
@@ -229,22 +228,7 @@ def test_threads_that_clip_at_once(backend):
     assert not failures
 
 
-class Watcher(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-class FunctionWatcher(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("mode", [Watcher, FunctionWatcher])
+@pytest.mark.parametrize("mode", [ways.Watcher, ways.Function])
 def test_modes(backend, mode):
     """A mode sees ops that explain the write, and changes nothing."""
     made, twins = parameters([torch.tensor([3.0, 4.0])]), parameters([torch.tensor([3.0, 4.0])])
@@ -255,7 +239,7 @@ def test_modes(backend, mode):
     fastclip.clip_grad_value_(twins, 0.7)
     assert norm.item() == 5
     reference.assert_bits([made[0].grad], [twins[0].grad])
-    if mode is Watcher:
+    if mode is ways.Watcher:
         assert any(("clip" in name or "mul" in name or "scale" in name) for name in watcher.seen), watcher.seen
 
 

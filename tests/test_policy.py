@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastclip
 import subproc
 import ways
+from cases import Own
 from fastclip import policy
 
 NORMS = [1.0, 1.2, 0.9, 1.1, 1.0, 5.0, 0.8, 1.3, 30.0, 1.0, 0.7, 1.05, 2.0, 1.0, 0.95, 9.0, 1.1, 1.0]
@@ -299,10 +300,6 @@ def test_a_state_whose_counts_were_cast_goes_on(name):
     assert steps(second, NORMS[5:]) == expected[5:]
 
 
-class Own(torch.Tensor):
-    """A subclass, which torch's functions take."""
-
-
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_without_a_bound_no_norm_reaches_the_gradients(broken):
     for own in (False, True):
@@ -357,9 +354,6 @@ def test_a_loss_is_a_number(loss):
 
 @pytest.mark.parametrize("name", MADE)
 def test_tensor_subclasses_and_another_default_device(name):
-    class Own(torch.Tensor):
-        pass
-
     expected, made = steps(MADE[name](), NORMS[:6]), MADE[name]()
     weights = [torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
     found = []
@@ -395,18 +389,6 @@ def test_no_step_waits_for_the_device(backend, name):
             made.clip_(weights, loss=torch.tensor(norm))
 
 
-class Count(ways.Dispatch):
-    """Counts ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 # With the four that read, write and finish a list which is watched.
 OPS = {
     "AutoClip": 29,
@@ -425,7 +407,7 @@ def test_a_step_takes_few_ops(cpu, name):
     made, weight = MADE[name](), torch.nn.Parameter(torch.zeros(2))
     for _ in range(2):
         weight.grad = torch.ones(2)
-        with Count() as ops:
+        with ways.Watcher() as ops:
             made.clip_([weight])
     assert len(ops.seen) <= OPS[name], ops.seen
 

@@ -23,6 +23,18 @@ class Dispatch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Watcher(Dispatch):
+    """Keeps the names of the ops that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 class Function(TorchFunctionMode):
     """Sees every function and lets it pass."""
 

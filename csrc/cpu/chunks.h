@@ -22,6 +22,7 @@ constexpr int64_t kBlockSize = 2048;
 // What a chunk costs beside its elements, in bytes of memory traffic; and the least work worth a thread.
 constexpr int64_t kChunkCost = 256;
 constexpr int64_t kGrain = 512 * 1024;
+
 struct Chunk {
   const TensorView* tensor;
   size_t place;  // of the tensor in the list

@@ -24,9 +24,7 @@ struct ShortChunk {
   int64_t number;  // of the first of them, in the whole list
   int64_t cost_before;
 
-  char* data(int64_t i = 0) const {
-    return units == nullptr ? first->data : first->data + units->offset(begin + i) * element_size(first->dtype);
-  }
+  char* data(int64_t i = 0) const { return units == nullptr ? first->data : unit_data(*first, *units, begin + i); }
   int64_t bytes() const { return first->numel * element_size(first->dtype); }
 };
 
@@ -49,7 +47,7 @@ class Each {
   Each(const Tensors& tensors, const std::vector<size_t>& places, const Keep& keep) {
     size_t num_longs = 0;
     for (const size_t k : places)
-      if (is_long(tensors.views[k])) num_longs += static_cast<size_t>(count_of(tensors, k));
+      if (is_long(tensors.views[k])) num_longs += static_cast<size_t>(tensors.count_of(k));
     shorts.chunks.reserve(places.size());
     units_.reserve(tensors.units.empty() ? 0 : num_longs);
     longs.reserve(num_longs);
@@ -57,7 +55,7 @@ class Each {
     int64_t number = 0;
     size_t next = 0;
     for (const size_t k : places) {
-      for (; next < k; ++next) number += count_of(tensors, next);
+      for (; next < k; ++next) number += tensors.count_of(next);
       if (is_long(tensors.views[k]))
         add_longs(tensors, k, number, keep);
       else if (tensors.views[k].numel > 0)
@@ -66,9 +64,6 @@ class Each {
   }
 
  private:
-  static int64_t count_of(const Tensors& tensors, size_t k) {
-    return tensors.units.empty() ? 1 : tensors.units[k].count;
-  }
   static bool is_long(const TensorView& tensor) { return tensor.numel > kChunkSize; }
   static std::vector<size_t> all_of(const Tensors& tensors) {
     std::vector<size_t> places(tensors.views.size());
@@ -79,7 +74,7 @@ class Each {
   template <class Keep>
   void add_longs(const Tensors& tensors, size_t k, int64_t number, const Keep& keep) {
     const TensorView& first = tensors.views[k];
-    for (int64_t i = 0; i < count_of(tensors, k); ++i) {
+    for (int64_t i = 0; i < tensors.count_of(k); ++i) {
       if (!keep(first, number + i)) continue;
       if (!tensors.units.empty()) units_.push_back(unit_view(first, tensors.units[k], i));
       longs.push_back(tensors.units.empty() ? &first : &units_.back());
@@ -89,11 +84,10 @@ class Each {
 
   void add_shorts(const Tensors& tensors, size_t k, int64_t number) {
     const TensorView& first = tensors.views[k];
-    const Units* const units = tensors.units.empty() ? nullptr : &tensors.units[k];
-    const int64_t all = count_of(tensors, k), at_once = kChunkSize / first.numel;
+    const int64_t all = tensors.count_of(k), at_once = kChunkSize / first.numel;
     for (int64_t begin = 0; begin < all; begin += at_once) {
       const int64_t count = std::min(at_once, all - begin);
-      shorts.chunks.push_back({&first, units, begin, count, number + begin, shorts.cost});
+      shorts.chunks.push_back({&first, tensors.units_of(k), begin, count, number + begin, shorts.cost});
       shorts.cost += kChunkCost + (count - 1) * kUnitCost + count * shorts.chunks.back().bytes();
     }
   }

@@ -528,7 +528,7 @@ void check_failing_rounds() {
   fail_each("scale", [&] { cpu::scale(views, 0.5, false); });
   fail_each("clamp", [&] { cpu::clamp(views, -1, 1); });
 
-  // Each alone: in rounds, or, of the last two, of which one is long, while in cache.
+  // Each alone: in rounds; the last two, of which one is long, lie apart and take none.
   const double bounds[] = {1.0, 1.0, 1.0, 1.0}, coefs[] = {0.5, 0.5, 0.5, 0.5};
   double measures[4];
   for (const size_t first : {0, 2}) {
